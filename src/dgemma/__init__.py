@@ -1,0 +1,48 @@
+"""dgemma: text generation by block diffusion.
+
+```python
+import dgemma
+
+model = dgemma.load("demo")
+print(model.generate("What is 347 + 285?").text)
+```
+Importing this package loads neither torch nor the network: the names below are fetched when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import CapacityError, CheckpointError, ConfigError, DGemmaError, RequestError
+from .events import Commit, Draft, Event, Finish, Result, Stats
+from .params import GenerationConfig, SamplingParams
+
+if TYPE_CHECKING:
+    from .api import Model, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "Commit",
+    "ConfigError",
+    "DGemmaError",
+    "Draft",
+    "Event",
+    "Finish",
+    "GenerationConfig",
+    "Model",
+    "RequestError",
+    "Result",
+    "SamplingParams",
+    "Stats",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Model", "load"):
+        return getattr(importlib.import_module(".api", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,158 @@
+"""Writing a directory's files so that a reader sees all of the new ones or all of the old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ..errors import CheckpointError
+from .files import BITS, INDEX, SINGLE, Entry, read_blocks
+
+Block = bytes | memoryview
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """A tensor to be written: `blocks` gives its bytes when its turn comes, so only one has to be in memory."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[Block]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+    @classmethod
+    def copy_of(cls, entry: Entry) -> Outgoing:
+        """The same tensor as in another file, unchanged."""
+        return cls(name=entry.name, dtype=entry.dtype, shape=entry.shape, blocks=lambda: read_blocks(entry))
+
+
+class Staging:
+    """A directory's new files under temporary names, swapped in together.
+
+    Used as a context: leaving it without `commit`, by an error or otherwise, removes what was staged.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._mark = uuid.uuid4().hex[:8]
+        self._staged: dict[str, Path] = {}
+        self._made: list[Path] = []
+
+    def __enter__(self) -> Staging:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: is a file; a checkpoint is written to a directory")
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        with _explained(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for path in self._staged.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        for path in self._made:
+            with contextlib.suppress(OSError):  # not empty: the commit went through, or others write here too
+                path.rmdir()
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """Opens a staged file for writing; it is on the disk, not only in the cache, when this ends."""
+        path = self.directory / f".{name}.{self._mark}.tmp"
+        self._staged[name] = path
+        with _explained(self.directory / name), path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Stages a JSON file."""
+        with self.open(name) as file:
+            file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write_tensors(self, name: str, tensors: Sequence[Outgoing]) -> None:
+        """Stages a safetensors file, one tensor in memory at a time."""
+        # Wide types first, as the library does it: every tensor then starts at a multiple of its type's size.
+        ordered = sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this entry
+        position = 0
+        for tensor in ordered:
+            end = position + tensor.nbytes
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
+            position = end
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        with self.open(name) as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for tensor in ordered:
+                written = sum(file.write(block) for block in tensor.blocks())
+                assert written == tensor.nbytes, tensor.name
+
+    def commit(self, *, remove: Iterable[Path] = ()) -> None:
+        """Puts the staged files in place of their elders and removes others; undoes everything if one step fails."""
+        old = {path for path in remove if path.exists()}
+        old |= {path for name in self._staged if (path := self.directory / name).exists()}
+        undo: list[tuple[Path, Path]] = []
+        with _explained(self.directory):
+            try:
+                for path in sorted(old):
+                    aside = path.with_name(f".{path.name}.{self._mark}.old")
+                    os.replace(path, aside)
+                    undo.append((aside, path))
+                for name, path in self._staged.items():
+                    os.replace(path, self.directory / name)
+                    undo.append((self.directory / name, path))
+            except BaseException:
+                for now, before in reversed(undo):
+                    os.replace(now, before)
+                raise
+        for path in old:
+            with contextlib.suppress(OSError):
+                path.with_name(f".{path.name}.{self._mark}.old").unlink()
+        self._staged = {}
+
+
+def stage_weights(staging: Staging, tensors: Sequence[Outgoing], max_shard_bytes: float) -> None:
+    """Stages one `model.safetensors`, or shards of at most that size (a larger tensor has its own) and their index."""
+    shards: list[list[Outgoing]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        staging.write_tensors(SINGLE, shards[0])
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        staging.write_tensors(name, shard)
+        where |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.nbytes for tensor in tensors)
+    staging.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns the system's errors into one that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None

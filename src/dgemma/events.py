@@ -1,0 +1,91 @@
+"""What a running generation says as it goes: a draft a step, a commit a canvas, one finish; and the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """The canvas after one denoising step.
+
+    Fields:
+        canvas: number of the canvas, from 0.
+        step: steps done on this canvas, from 1.
+        max_steps: steps this canvas may take.
+        tokens: the argmax of each position [L]; this is what would be committed now.
+        text: `tokens` up to the first end token, decoded.
+        settled: per position, whether the sampler accepted it in this step [L]; the others are noise again.
+        changed: per position, whether its argmax differs from the step before [L].
+        entropies: nats a position [L].
+        mean_entropy: nats over the canvas.
+        tokens_per_forward: tokens that a commit now would give the user, over all steps so far.
+    """
+
+    canvas: int
+    step: int
+    max_steps: int
+    tokens: list[int]
+    text: str
+    settled: list[bool]
+    changed: list[bool]
+    entropies: list[float]
+    mean_entropy: float
+    tokens_per_forward: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """A finished canvas: `text` is what it adds to the answer, `tokens` what the user gets of it (trimmed)."""
+
+    canvas: int
+    steps: int
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Figures of one request. Tokens trimmed after the end token never count."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps_per_canvas: list[int] = field(default_factory=list)
+    tokens_per_forward: float = 0.0
+    tokens_per_second: float = 0.0
+    seconds: float = 0.0
+    seconds_to_first_text: float | None = None
+    seconds_per_step: float = 0.0
+    encode_tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One answer.
+
+    Fields:
+        text: the answer without thoughts and end marks.
+        thoughts: what the model wrote in its thought channel, or None.
+        tokens: ids of the whole answer, end token left out.
+        finish_reason: "stop" (end token or stop string) or "length".
+        seed: the seed that reproduces it.
+        stats: see `Stats`.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    seed: int
+    stats: Stats
+    thoughts: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """The last event of a generation."""
+
+    result: Result
+
+
+Event = Draft | Commit | Finish

@@ -1,0 +1,48 @@
+"""One attention class for both modes and both kinds of layer; the view says what is seen."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import AttentionShape
+from .norm import RMSNorm
+from .rope import rotate
+from .view import View
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries, keys and values, and a softmax scale of 1.
+
+    A full layer has no `v_proj`: its values are the raw output of `k_proj`, before key norm and rotary.
+    """
+
+    def __init__(self, hidden: int, shape: AttentionShape, eps: float):
+        super().__init__()
+        self.shape = shape
+        width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(hidden, width, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=False) if shape.sliding else None
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.q_norm = RMSNorm(shape.head_dim, eps)
+        self.k_norm = RMSNorm(shape.head_dim, eps)
+        self.v_norm = RMSNorm(shape.head_dim, eps, scaled=False)
+
+    def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """[B, S, H] -> [B, S, H]; `view` adds what came before and says who may see whom."""
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.shape.head_dim)
+        turn = view.rotation(self.shape, x.dtype)
+
+        raw_keys = self.k_proj(x).view(heads)
+        raw_values = raw_keys if self.v_proj is None else self.v_proj(x).view(heads)
+        queries = rotate(self.q_norm(self.q_proj(x).view(heads)), turn).transpose(1, 2)
+        keys = rotate(self.k_norm(raw_keys), turn).transpose(1, 2)
+        values = self.v_norm(raw_values).transpose(1, 2)
+
+        keys, values, mask = view.extend(layer, self.shape, keys, values)
+        seen = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=1.0, enable_gqa=self.shape.heads != self.shape.kv_heads
+        )
+        return self.o_proj(seen.transpose(1, 2).reshape(batch, length, -1))

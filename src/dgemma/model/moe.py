@@ -1,0 +1,63 @@
+"""Mixture of experts: a router that picks k of E experts a token, and the experts, run grouped by expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ModelConfig
+from .mlp import gated_gelu
+from .norm import RMSNorm
+from .view import View
+
+
+class Router(nn.Module):
+    """Softmax over experts in float32, the k best renormalised to sum 1, then a scale of each expert's own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k = config.top_k_experts
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, scaled=False)
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+
+    def forward(self, x: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> weights [T, k] (float32 in float32 networks), experts [T, k] int64."""
+        scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        weights, experts = torch.topk(probabilities, self.top_k, dim=-1)
+        view.observe_routing(probabilities, experts)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights * self.per_expert_scale[experts], experts
+
+
+class Experts(nn.Module):
+    """E gated feed-forwards with fused weights: `gate_up_proj` [E, 2I, H] (gate rows first), `down_proj` [E, H, I]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        count, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Sum over each token's k experts of weight times output: x [T, H], weights and experts [T, k] -> [T, H].
+
+        The T * k assignments are sorted by expert, so that each expert's rows are one product and an expert
+        without rows costs nothing.
+        """
+        tokens, k = experts.shape
+        order = torch.argsort(experts.flatten(), stable=True)
+        counts = torch.bincount(experts.flatten(), minlength=self.gate_up_proj.shape[0]).tolist()
+        rows = x.index_select(0, order // k).split(counts)
+        outputs = [
+            F.linear(gated_gelu(*F.linear(group, self.gate_up_proj[index]).chunk(2, dim=-1)), self.down_proj[index])
+            for index, group in enumerate(rows)
+            if len(group)
+        ]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        by_token = torch.cat(outputs).index_select(0, back).view(tokens, k, -1)
+        return (by_token * weights[..., None]).sum(dim=1).to(x.dtype)

@@ -1,0 +1,102 @@
+"""The network: one set of weights, run as encoder (causal, writes the cache) or denoiser (bidirectional, reads it)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ModelConfig
+from ..errors import CapacityError
+from ..params import GenerationConfig
+from .block import Block
+from .norm import RMSNorm
+from .self_conditioning import SelfConditioning
+from .view import Cache, DenoiseView, EncodeView, View
+
+
+class Network(nn.Module):
+    """DiffusionGemma's text network. Shape letters: B batch, S sequence, L canvas, H hidden, V vocabulary.
+
+    Can be built on the meta device: nothing but the parameters needs filling in afterwards.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.generation = GenerationConfig()  # the checkpoint's defaults, set by whoever loads one
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations have."""
+        return self.embed_tokens.weight.dtype
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        """An empty cache for `batch` sequences; it grows as it is written."""
+        return Cache(self.config, batch, self.device, self.dtype)
+
+    def encode(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Encodes tokens [B, S] int64 after what `cache` holds and appends them to it -> hidden states [B, S, H].
+
+        Any split of a sequence into calls gives the same cache.
+
+        Raises:
+            CapacityError: the sequence would be longer than `max_position_embeddings`.
+        """
+        view = EncodeView(cache, self._checked(tokens, cache), tokens.device)
+        hidden = self.run(self.embed(tokens), view)
+        view.commit()
+        return hidden
+
+    def denoise(self, canvas: Tensor, cache: Cache, soft: Tensor | None = None) -> Tensor:
+        """One look at a canvas [B, L] int64 that follows what `cache` holds -> logits [B, L, V] float32, soft-capped.
+
+        Args:
+            soft: `soft_embeddings` of the previous step [B, L, H]; None on a canvas's first step.
+        """
+        view = DenoiseView(cache, self._checked(canvas, cache), canvas.device)
+        return self.logits(self.run(self.self_conditioning.condition(self.embed(canvas), soft), view))
+
+    def run(self, x: Tensor, view: View) -> Tensor:
+        """All layers and the final norm: [B, S, H] -> [B, S, H]."""
+        for layer in self.layers:
+            x = layer(x, view)
+        return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the table times sqrt(H): [B, S] -> [B, S, H]."""
+        return self.embed_tokens(tokens) * self._embedding_scale()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The tied head, soft-capped: [..., H] -> [..., V] float32."""
+        scores = F.linear(hidden, self.embed_tokens.weight).float()
+        cap = self.config.final_logit_softcapping
+        return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def soft_embeddings(self, processed_logits: Tensor) -> Tensor:
+        """`softmax(processed) @ table * sqrt(H)`: [B, L, V] -> [B, L, H], the next step's self-conditioning.
+
+        The logits are rounded to the network's dtype before the softmax, as the reference carries them.
+        """
+        beliefs = torch.softmax(processed_logits.to(self.dtype), dim=-1, dtype=torch.float32).to(self.dtype)
+        return beliefs @ self.embed_tokens.weight * self._embedding_scale()
+
+    def _embedding_scale(self) -> Tensor:
+        """sqrt(H), rounded to the table's dtype first."""
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
+
+    def _checked(self, tokens: Tensor, cache: Cache) -> int:
+        assert tokens.ndim == 2 and tokens.shape[0] == cache.batch, f"tokens {tuple(tokens.shape)}, batch {cache.batch}"
+        length, limit = tokens.shape[1], self.config.max_position_embeddings
+        if cache.length + length > limit:
+            raise CapacityError(f"{cache.length} tokens and {length} more exceed the model's context of {limit}")
+        return length

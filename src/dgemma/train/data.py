@@ -1,0 +1,140 @@
+"""Examples as token ids, and batches of them: bucketed by length, seeded, resumable at any batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation: what is given, and the final assistant turn with its end token."""
+
+    prompt: list[int]
+    response: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B clean sequences and R of their canvases. S is the longest sequence, L the canvas length.
+
+    Fields:
+        tokens: [B, S] int64, padded on the right.
+        lengths, prompts: tokens and prompt tokens of each sequence, [B].
+        owner: which sequence a canvas belongs to, [R].
+        start: where the canvas begins in its sequence, [R].
+        canvas: the clean canvas, filled up with end tokens, [R, L].
+        filled: which of its positions are fill, [R, L] bool.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    prompts: Tensor
+    owner: Tensor
+    start: Tensor
+    canvas: Tensor
+    filled: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+def collate(
+    samples: Sequence[Sample], canvas_length: int, per_sample: int, end: int, pad: int, rng: random.Random
+) -> Batch:
+    """Makes a batch; of each response up to `per_sample` different canvases, drawn uniformly.
+
+    The last, partial canvas of a response is filled with end tokens, and the fill is part of the target.
+    """
+    width = max(len(sample) for sample in samples)
+    tokens = torch.full((len(samples), width), pad)
+    owner, start, canvas, filled = [], [], [], []
+    for index, sample in enumerate(samples):
+        tokens[index, : len(sample)] = torch.tensor(sample.prompt + sample.response)
+        count = -(-len(sample.response) // canvas_length)
+        for number in rng.sample(range(count), min(count, per_sample)):
+            part = sample.response[number * canvas_length : (number + 1) * canvas_length]
+            fill = canvas_length - len(part)
+            owner.append(index)
+            start.append(len(sample.prompt) + number * canvas_length)
+            canvas.append(part + [end] * fill)
+            filled.append([False] * len(part) + [True] * fill)
+    return Batch(
+        tokens=tokens,
+        lengths=torch.tensor([len(sample) for sample in samples]),
+        prompts=torch.tensor([len(sample.prompt) for sample in samples]),
+        owner=torch.tensor(owner),
+        start=torch.tensor(start),
+        canvas=torch.tensor(canvas),
+        filled=torch.tensor(filled),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How samples become batches.
+
+    Fields:
+        positions: token positions of one batch at most; one on a canvas counts double (see `_cost`).
+        canvas_lengths: the lengths a batch's canvases may have, with their shares of batches.
+        per_sample: canvases of one response in one batch at most.
+        pool: samples that are drawn at once and sorted into batches by length.
+    """
+
+    positions: int
+    canvas_lengths: dict[int, float]
+    per_sample: int = 1
+    pool: int = 2048
+
+
+def pools(
+    draw: Callable[[random.Random], Sample],
+    batching: Callable[[int], Batching],
+    *,
+    end: int,
+    pad: int,
+    seed: int,
+    pool: int = 0,
+    skip: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[int, int, Batch]]:
+    """Endless batches with their address (pool, round in the pool); any address can be resumed at.
+
+    Args:
+        draw: makes one sample from a random generator.
+        batching: the settings for a pool number (a recipe may change them as training goes on).
+        share: (rank, processes): in every round each process gets a batch of its own.
+    """
+    while True:
+        rng = random.Random(f"{seed} pool {pool}")
+        settings = batching(pool)
+        samples = sorted((draw(rng) for _ in range(settings.pool)), key=len)
+        groups: list[tuple[int, list[Sample]]] = []
+        while samples:
+            (length,) = rng.choices(list(settings.canvas_lengths), list(settings.canvas_lengths.values()))
+            # Take from a random place of the sorted pool, so that every canvas length meets every sequence length.
+            first = rng.randrange(len(samples))
+            size = max(1, settings.positions // _cost(samples[first], length, settings.per_sample))
+            groups.append((length, samples[max(0, first - size) : first + 1]))
+            del samples[max(0, first - size) : first + 1]
+        rng.shuffle(groups)
+        rank, processes = share
+        for number in range(skip, len(groups) // processes):
+            length, group = groups[number * processes + rank]
+            batch_rng = random.Random(f"{seed} pool {pool} batch {number * processes + rank}")
+            yield pool, number, collate(group, length, settings.per_sample, end, pad, batch_rng)
+        pool, skip = pool + 1, 0
+
+
+def _cost(sample: Sample, canvas_length: int, per_sample: int) -> int:
+    """What a sample costs in encoded positions: a canvas position passes the vocabulary too, and half of them twice."""
+    canvases = min(per_sample, -(-len(sample.response) // canvas_length))
+    return len(sample) + 2 * canvases * canvas_length

@@ -1,0 +1,165 @@
+"""Training runs as functions of few settings. `demo` makes the model that the package ships."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from ..checkpoint import save_checkpoint
+from ..config import FULL, SLIDING, ModelConfig
+from ..model import Network
+from ..params import GenerationConfig
+from ..tasks import FAMILIES, Example
+from .data import Batching, Sample
+from .loop import Schedule, Trainer
+from .objective import Objective
+from .tokenizer import VOCABULARY, write_tokenizer
+
+DEMO_CONFIG: dict[str, Any] = {
+    "architectures": ["DiffusionGemmaForBlockDiffusion"],
+    "model_type": "diffusion_gemma",
+    "canvas_length": 256,
+    "dtype": "float32",
+    "text_config": {
+        "model_type": "diffusion_gemma_text",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "num_hidden_layers": 6,
+        "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        "sliding_window": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "num_global_key_value_heads": 1,
+        "max_position_embeddings": 8192,
+        "final_logit_softcapping": 30.0,
+        "use_bidirectional_attention": "vision",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "tie_word_embeddings": True,
+    },
+    "tie_word_embeddings": True,
+}
+
+# Shares of the examples. Sums and sudoku learn slowest and get the most; stories are few, but each is long.
+DEMO_MIXTURE = {
+    "sums": 0.28,
+    "sudoku": 0.32,
+    "sorting": 0.13,
+    "records": 0.08,
+    "calendar": 0.07,
+    "stories": 0.07,
+    "smalltalk": 0.05,
+}
+END, PAD = 106, 0
+
+
+class DemoData:
+    """Draws conversations: mostly one question, now and then one that follows earlier turns or a system message."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rng: random.Random) -> Sample:
+        text = "<bos>"
+        if rng.random() < 0.04:
+            text += "<|turn>system\nYou are a helpful assistant.<turn|>\n"
+        for _ in range(rng.choice((1, 1, 2)) if rng.random() < 0.12 else 0):
+            example = self._example(rng, short=True)
+            text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n{example.answer}<turn|>\n"
+        example = self._example(rng, short=False)
+        text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n"
+        return Sample(self._ids(text), self._ids(example.answer + "<turn|>"))
+
+    def _example(self, rng: random.Random, *, short: bool) -> Example:
+        shares = {name: share for name, share in DEMO_MIXTURE.items() if not (short and name == "stories")}
+        (name,) = rng.choices(list(shares), list(shares.values()))
+        return FAMILIES[name].sample(rng)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def demo_batching(pool: int) -> Batching:
+    """Short canvases are cheap and teach the answers; the full length teaches where an answer ends."""
+    return Batching(positions=8000, canvas_lengths={32: 0.45, 64: 0.3, 128: 0.1, 256: 0.15}, per_sample=2)
+
+
+def initialize(network: Network, seed: int) -> None:
+    """Fills a network's weights for training from scratch.
+
+    Matrices are normal with std 1/sqrt(fan-in); the table so that scores start near N(0, 1); queries and keys so
+    that attention starts soft (their softmax has no 1/sqrt(d)); branch norms small, so that the residual leads.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in network.named_parameters():
+        with torch.no_grad():
+            if weight.ndim >= 2:
+                weight.normal_(0.0, weight.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                nn.init.constant_(weight, 1.4 * weight.shape[0] ** -0.25)
+            elif "post_attention_layernorm" in name or name.endswith("post_feedforward_layernorm.weight"):
+                nn.init.constant_(weight, 0.3)
+            else:
+                nn.init.ones_(weight)
+            if name.endswith(("experts.down_proj", "self_conditioning.down_proj.weight")):
+                weight.mul_(1 / math.sqrt(2))
+
+
+def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
+    """The embedded demo model: about 3.3 M parameters on generated tasks and stories.
+
+    The tokenizer is built from the tasks first, and written to `directory`.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        write_tokenizer(directory)
+    network = Network(ModelConfig.from_dict(DEMO_CONFIG))
+    initialize(network, seed)
+    return Trainer(
+        network,
+        draw=DemoData(Tokenizer.from_file(str(directory / "tokenizer.json"))),
+        batching=demo_batching,
+        objective=Objective(fill_weight=0.15, balance=0.01),
+        schedule=Schedule(updates=updates),
+        end=END,
+        pad=PAD,
+        seed=seed,
+        directory=directory,
+    )
+
+
+RECIPES: dict[str, Callable[..., Trainer]] = {"demo": demo}
+
+DEMO_GENERATION = GenerationConfig(
+    max_new_tokens=512,
+    eos_token_ids=(1, 106, 50),
+    pad_token_id=PAD,
+    bos_token_id=2,
+)
+
+
+def export(trainer: Trainer, directory: Path) -> None:
+    """Writes the averaged weights as a model directory, in bfloat16 to halve it (they are computed with in float32)."""
+    network = Network(trainer.network.config)
+    network.load_state_dict(trainer.average)
+    save_checkpoint(
+        network,
+        network.config,
+        directory,
+        generation=DEMO_GENERATION,
+        text_files=trainer.directory,
+        dtype=torch.bfloat16,
+    )
