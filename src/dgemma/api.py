@@ -12,7 +12,7 @@ import torch
 
 from . import checkpoint
 from .config import ModelConfig
-from .engine import Answer, answer_autoregressively, answer_by_diffusion
+from .engine import Answer, run
 from .errors import CapacityError, CheckpointError, ConfigError, RequestError
 from .events import Event, Finish, Result
 from .model import Network
@@ -116,7 +116,7 @@ class Model:
             think=think,
         )
         answer.check()
-        return answer_autoregressively(answer) if params.mode == "autoregressive" else answer_by_diffusion(answer)
+        return run(answer)
 
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, think: bool = False, raw: bool = False

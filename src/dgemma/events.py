@@ -36,17 +36,24 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """A finished canvas: `text` is what it adds to the answer, `tokens` what the user gets of it (trimmed)."""
+    """A finished canvas (in autoregressive mode a token): what it adds.
+
+    Fields:
+        canvas, steps: its number, and the steps it took.
+        tokens: ids that the user gets of it, trimmed at the end token and the budget.
+        text, thoughts: what is certain now of the answer and of the thought channel.
+    """
 
     canvas: int
     steps: int
     tokens: list[int]
     text: str
+    thoughts: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Figures of one request. Tokens trimmed after the end token never count."""
+    """Figures of one request. Tokens trimmed after the end token never count, nor does time the caller takes."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0

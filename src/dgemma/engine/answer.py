@@ -36,33 +36,49 @@ class Writer:
         """Whether a stop string was met."""
         return self.stops.stopped
 
-    def push(self, tokens: Sequence[int]) -> str:
-        """Takes committed tokens; returns what they add to the answer for certain."""
-        if self.decoder is None:
-            return ""
-        return self._write(self.channels.push(self.decoder.push(tokens)))
+    def push(self, tokens: Sequence[int]) -> None:
+        """Takes committed tokens; `text` and `thoughts` grow by what is certain."""
+        if self.decoder is not None:
+            self._write(self.channels.push(self.decoder.push(tokens)))
 
-    def finish(self) -> str:
-        """Returns what was held back."""
+    def finish(self) -> None:
+        """The answer has ended: what was held back is written."""
         if self.decoder is None or self.stopped:
-            return ""
-        added = self._write(self.channels.push(self.decoder.finish()))
-        added += self._write(self.channels.finish())
-        rest = "" if self.stopped else self.stops.finish()
-        self.text += rest
-        return added + rest
+            return
+        self._write(self.channels.push(self.decoder.finish()))
+        self._write(self.channels.finish())
+        if not self.stopped:
+            self.text += self.stops.finish()
 
-    def _write(self, pieces: tuple[str, str]) -> str:
-        thought, text = pieces
-        self.thoughts += thought
-        emitted, _ = self.stops.push(text)
-        self.text += emitted
-        return emitted
+    def _write(self, pieces: tuple[str, str]) -> None:
+        if not self.stopped:
+            self.thoughts += pieces[0]
+            self.text += self.stops.push(pieces[1])[0]
+
+
+class Clock:
+    """Counts the time between `start` and `stop`: what the caller does between two events is not ours."""
+
+    def __init__(self) -> None:
+        self._counted, self._since = 0.0, time.perf_counter()
+
+    def start(self) -> None:
+        """Goes on."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Pauses."""
+        self._counted = self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Time counted so far, while running."""
+        return self._counted + time.perf_counter() - self._since
 
 
 @dataclass
 class Answer:
-    """A request under way, and what it has so far. Times are seconds of `time.perf_counter`."""
+    """A request under way, and what it has so far. Times are in seconds."""
 
     network: Network
     tokenizer: Tokenizer | None
@@ -73,8 +89,9 @@ class Answer:
     think: bool = False
     tokens: list[int] = field(default_factory=list)
     steps_per_canvas: list[int] = field(default_factory=list)
-    started: float = field(default_factory=time.perf_counter)
+    clock: Clock = field(default_factory=Clock)
     first_text: float | None = None
+    stopped: bool = False
     encoding: float = 0.0
     encoded: int = 0
     stepping: float = 0.0
@@ -92,6 +109,11 @@ class Answer:
     def missing(self) -> int:
         """Tokens that the answer may still get."""
         return self.settings.max_new_tokens - len(self.tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.stopped or self.missing <= 0
 
     def check(self) -> None:
         """Refuses what cannot work.
@@ -126,24 +148,27 @@ class Answer:
         self.encoded += len(tokens)
         return hidden
 
-    def write(self, tokens: list[int]) -> str:
-        """Adds committed tokens to the answer -> the text that is certain now."""
+    def commit(self, canvas: int, steps: int, tokens: list[int], ended: bool) -> Commit:
+        """Adds committed tokens; `ended`: an end token came after them."""
+        text, thoughts = len(self.writer.text), len(self.writer.thoughts)
         self.tokens += tokens
-        added = self.writer.push(tokens)
-        if added and self.first_text is None:
-            self.first_text = time.perf_counter() - self.started
-        return added
+        self.writer.push(tokens)
+        self.stopped = ended or self.writer.stopped
+        if self.done:
+            self.writer.finish()
+        if self.first_text is None and len(self.writer.text) > text:
+            self.first_text = self.clock.seconds
+        return Commit(
+            canvas=canvas,
+            steps=steps,
+            tokens=tokens,
+            text=self.writer.text[text:],
+            thoughts=self.writer.thoughts[thoughts:],
+        )
 
-    def flush(self) -> str:
-        """Ends the text -> what was held back."""
-        rest = self.writer.finish()
-        if rest and self.first_text is None:
-            self.first_text = time.perf_counter() - self.started
-        return rest
-
-    def finish(self, stopped: bool) -> Finish:
-        """The result of an answer that was flushed."""
-        seconds = time.perf_counter() - self.started
+    def finish(self) -> Finish:
+        """The result."""
+        seconds = self.clock.seconds
         steps = self.steps
         stats = Stats(
             prompt_tokens=len(self.prompt),
@@ -162,67 +187,65 @@ class Answer:
                 text=self.writer.text,
                 thoughts=self.writer.thoughts or None,
                 tokens=self.tokens,
-                finish_reason="stop" if stopped or self.writer.stopped else "length",
+                finish_reason="stop" if self.stopped else "length",
                 seed=self.seed,
                 stats=stats,
             )
         )
 
 
+def run(answer: Answer) -> Iterator[Event]:
+    """The events of a request: its drafts and commits as they come, then the `Finish`."""
+    answer.clock.start()
+    way = by_diffusion if answer.params.mode == "diffusion" else autoregressively
+    for event in way(answer):
+        answer.clock.stop()
+        yield event
+        answer.clock.start()
+    yield answer.finish()
+
+
 @torch.no_grad()
-def answer_by_diffusion(answer: Answer) -> Iterator[Event]:
+def by_diffusion(answer: Answer) -> Iterator[Event]:
     """Canvas after canvas: encode what is new, settle a canvas, commit it. The last canvas is not encoded."""
     network = answer.network
     cache = network.new_cache()
     draws = CounterDraws([answer.seed], network.device)
     length = canvas_length(network, answer.params)
-    fresh, stopped, index = answer.prompt, False, 0
-    while answer.missing > 0 and not stopped:
+    fresh, index = answer.prompt, 0
+    while not answer.done:
         answer.encode(fresh, cache)
         answer.steps_per_canvas.append(0)
         before: list[int] = []
-        started = time.perf_counter()
+        started = answer.clock.seconds
         for step in settle(network, cache, answer.params, answer.settings, length=length, index=index, draws=draws):
             answer.steps_per_canvas[-1] = step.number
-            answer.stepping += time.perf_counter() - started
+            answer.stepping += answer.clock.seconds - started
             draft = _draft(answer, step, before, index)
             before = draft.tokens
             yield draft
-            started = time.perf_counter()
+            started = answer.clock.seconds
         fresh = step.committed[0].tolist()
-        kept, stopped = answer.until_end(fresh)
-        text = answer.write(kept)
-        stopped = stopped or answer.writer.stopped
-        if stopped or answer.missing <= 0:
-            text += answer.flush()
-        yield Commit(canvas=index, steps=step.number, tokens=kept, text=text)
+        yield answer.commit(index, step.number, *answer.until_end(fresh))
         index += 1
-    yield answer.finish(stopped)
 
 
 @torch.no_grad()
-def answer_autoregressively(answer: Answer) -> Iterator[Event]:
+def autoregressively(answer: Answer) -> Iterator[Event]:
     """Token after token on the same weights: encode, the tied head, one sample. A `Commit` a token, of no steps."""
     network, params = answer.network, answer.params
     cache = network.new_cache()
     draws = CounterDraws([answer.seed], network.device)
     ends = torch.tensor(sorted(answer.ends), dtype=torch.int64, device=network.device)
-    fresh, stopped = answer.prompt, False
-    while answer.missing > 0 and not stopped:
+    fresh = answer.prompt
+    while not answer.done:
         scores = network.logits(answer.encode(fresh, cache)[:, -1:]) / (params.temperature or 1.0)
         if len(answer.tokens) < params.min_tokens and len(ends):
             scores = refuse(scores, ends, slice(0, 1))
         scores = keep_likely(scores, params.top_k, params.top_p)
         chosen = scores.argmax(dim=-1) if params.temperature == 0 else draws.sample(len(answer.tokens), 0, scores)
         fresh = chosen[0].tolist()
-        kept, stopped = answer.until_end(fresh)
-        text = answer.write(kept)
-        stopped = stopped or answer.writer.stopped
-        if stopped or answer.missing <= 0:
-            text += answer.flush()
-        if kept or text:
-            yield Commit(canvas=0, steps=0, tokens=kept, text=text)
-    yield answer.finish(stopped)
+        yield answer.commit(0, 0, *answer.until_end(fresh))
 
 
 def _draft(answer: Answer, step: Step, before: list[int], index: int) -> Draft:
