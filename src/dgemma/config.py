@@ -225,7 +225,9 @@ def _overrides(reader: _Reader, kinds: list[str], full: dict[str, int]) -> dict[
     if reader.data.get("per_layer_config") is None:
         reader.take("per_layer_config", None)
         return {index: full for index, kind in enumerate(kinds) if kind == FULL}
-    sections = reader.section("per_layer_config", {str(index) for index in range(len(kinds))})
+    # transformers pads the numbers with zeros to one width: "05" in a network of 30 layers.
+    names = {f"{index:0{width}}" for index in range(len(kinds)) for width in range(len(str(len(kinds))) + 1)}
+    sections = reader.section("per_layer_config", names)
     own = {}
     for index, values in sections.items():
         where = f"text_config.per_layer_config.{index}"

@@ -107,7 +107,9 @@ def test_a_canvas_never_sees_its_own_place_or_later_ones() -> None:
         starts = batch.start[batch.owner == row]
         later[row, int(starts.max()) :] = 5
         earlier[row, 0] = (earlier[row, 0] + 1) % VOCABULARY
-    only_last = torch.stack([(batch.start[batch.owner == o]).max() == s for o, s in zip(batch.owner, batch.start)])
+    only_last = torch.stack(
+        [(batch.start[batch.owner == o]).max() == s for o, s in zip(batch.owner, batch.start, strict=True)]
+    )
     batch = Batch(
         **{
             name: value[only_last] if name in ("owner", "start", "canvas", "filled") else value

@@ -110,8 +110,7 @@ def settle(
         frozen = finished[:, None]
         argmax = torch.where(frozen, argmax, likeliest)
         canvas = torch.where(frozen, canvas, torch.where(accepted, sampled, noise))
-        believed = network.soft_embeddings(processed)
-        soft = believed if soft is None else torch.where(frozen[..., None], soft, believed)
+        soft = network.soft_embeddings(processed)  # of no use to frozen rows, and no row sees another's
 
         active = ~finished
         stable = stability.update(argmax, canvas)

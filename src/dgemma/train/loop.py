@@ -127,8 +127,8 @@ class Trainer:
                     continue
                 report(progress)
                 log.write(json.dumps({**vars(progress), "seconds": round(self.seconds, 2)}) + "\n")
+                log.flush()
                 if time.monotonic() - saved > self.schedule.save_every:
-                    log.flush()
                     self.save()
                     saved = time.monotonic()
         if self.rank == 0:

@@ -51,6 +51,20 @@ DEMO_CONFIG: dict[str, Any] = {
         "bos_token_id": 2,
         "tie_word_embeddings": True,
     },
+    # The demo has no images. Other programs build an image tower all the same: a tiny one.
+    "vision_config": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "position_embedding_size": 16,
+    },
+    "boi_token_id": 10,
+    "eoi_token_id": 11,
+    "image_token_id": 12,
     "tie_word_embeddings": True,
 }
 
