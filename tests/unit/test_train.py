@@ -57,7 +57,8 @@ def draw(rng: random.Random) -> Sample:
 def make_batch(seed: int = 0, count: int = 5, length: int = 8, per_sample: int = 2) -> tuple[list[Sample], Batch]:
     rng = random.Random(seed)
     samples = [draw(rng) for _ in range(count)]
-    return samples, collate(samples, length, per_sample, END, PAD, rng)
+    batching = Batching(positions=1, canvas_lengths={length: 1.0}, per_sample=per_sample)
+    return samples, collate(samples, length, batching, END, PAD, rng)
 
 
 def test_collate_takes_canvases_of_the_response_and_fills_the_last() -> None:

@@ -47,37 +47,6 @@ class Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
-def collate(
-    samples: Sequence[Sample], canvas_length: int, per_sample: int, end: int, pad: int, rng: random.Random
-) -> Batch:
-    """Makes a batch; of each response up to `per_sample` different canvases, drawn uniformly.
-
-    The last, partial canvas of a response is filled with end tokens, and the fill is part of the target.
-    """
-    width = max(len(sample) for sample in samples)
-    tokens = torch.full((len(samples), width), pad)
-    owner, start, canvas, filled = [], [], [], []
-    for index, sample in enumerate(samples):
-        tokens[index, : len(sample)] = torch.tensor(sample.prompt + sample.response)
-        count = -(-len(sample.response) // canvas_length)
-        for number in rng.sample(range(count), min(count, per_sample)):
-            part = sample.response[number * canvas_length : (number + 1) * canvas_length]
-            fill = canvas_length - len(part)
-            owner.append(index)
-            start.append(len(sample.prompt) + number * canvas_length)
-            canvas.append(part + [end] * fill)
-            filled.append([False] * len(part) + [True] * fill)
-    return Batch(
-        tokens=tokens,
-        lengths=torch.tensor([len(sample) for sample in samples]),
-        prompts=torch.tensor([len(sample.prompt) for sample in samples]),
-        owner=torch.tensor(owner),
-        start=torch.tensor(start),
-        canvas=torch.tensor(canvas),
-        filled=torch.tensor(filled),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Batching:
     """How samples become batches.
@@ -86,13 +55,45 @@ class Batching:
         positions: token positions of one batch at most; one on a canvas counts double (see `_cost`).
         canvas_lengths: the lengths a batch's canvases may have, with their shares of batches.
         per_sample: canvases of one response in one batch at most.
+        noises: how often each canvas is noised, for one encoding of what precedes it.
         pool: samples that are drawn at once and sorted into batches by length.
     """
 
     positions: int
     canvas_lengths: dict[int, float]
     per_sample: int = 1
+    noises: int = 1
     pool: int = 2048
+
+
+def collate(
+    samples: Sequence[Sample], canvas_length: int, batching: Batching, end: int, pad: int, rng: random.Random
+) -> Batch:
+    """Makes a batch; of each response up to `per_sample` different canvases, drawn uniformly, each `noises` times,
+    in random order.
+
+    The last, partial canvas of a response is filled with end tokens, and the fill is part of the target.
+    """
+    width = max(len(sample) for sample in samples)
+    tokens = torch.full((len(samples), width), pad)
+    places = []
+    for index, sample in enumerate(samples):
+        tokens[index, : len(sample)] = torch.tensor(sample.prompt + sample.response)
+        count = -(-len(sample.response) // canvas_length)
+        numbers = rng.sample(range(count), min(count, batching.per_sample))
+        places += [(index, number) for number in numbers] * batching.noises
+    rng.shuffle(places)
+    parts = [samples[index].response[number * canvas_length :][:canvas_length] for index, number in places]
+    fills = [canvas_length - len(part) for part in parts]
+    return Batch(
+        tokens=tokens,
+        lengths=torch.tensor([len(sample) for sample in samples]),
+        prompts=torch.tensor([len(sample.prompt) for sample in samples]),
+        owner=torch.tensor([index for index, _ in places]),
+        start=torch.tensor([len(samples[index].prompt) + number * canvas_length for index, number in places]),
+        canvas=torch.tensor([part + [end] * fill for part, fill in zip(parts, fills, strict=True)]),
+        filled=torch.tensor([[False] * len(part) + [True] * fill for part, fill in zip(parts, fills, strict=True)]),
+    )
 
 
 def pools(
@@ -122,7 +123,7 @@ def pools(
             (length,) = rng.choices(list(settings.canvas_lengths), list(settings.canvas_lengths.values()))
             # Take from a random place of the sorted pool, so that every canvas length meets every sequence length.
             first = rng.randrange(len(samples))
-            size = max(1, settings.positions // _cost(samples[first], length, settings.per_sample))
+            size = max(1, settings.positions // _cost(samples[first], length, settings))
             groups.append((length, samples[max(0, first - size) : first + 1]))
             del samples[max(0, first - size) : first + 1]
         rng.shuffle(groups)
@@ -130,11 +131,11 @@ def pools(
         for number in range(skip, len(groups) // processes):
             length, group = groups[number * processes + rank]
             batch_rng = random.Random(f"{seed} pool {pool} batch {number * processes + rank}")
-            yield pool, number, collate(group, length, settings.per_sample, end, pad, batch_rng)
+            yield pool, number, collate(group, length, settings, end, pad, batch_rng)
         pool, skip = pool + 1, 0
 
 
-def _cost(sample: Sample, canvas_length: int, per_sample: int) -> int:
+def _cost(sample: Sample, canvas_length: int, batching: Batching) -> int:
     """What a sample costs in encoded positions: a canvas position passes the vocabulary too, and half of them twice."""
-    canvases = min(per_sample, -(-len(sample.response) // canvas_length))
+    canvases = min(batching.per_sample, -(-len(sample.response) // canvas_length)) * batching.noises
     return len(sample) + 2 * canvases * canvas_length

@@ -45,7 +45,7 @@ class Schedule:
     matrix_lr: float = 0.02
     vector_lr: float = 3e-3
     weight_decay: float = 0.01
-    average: float = 0.998
+    average: float = 0.99
     save_every: float = 120.0
 
     def rate(self, update: int) -> float:

@@ -70,13 +70,13 @@ DEMO_CONFIG: dict[str, Any] = {
 
 # Shares of the examples. Sudoku is learnt first; sums, which copy and carry, last. Stories are few, but each is long.
 DEMO_MIXTURE = {
-    "sums": 0.40,
-    "sudoku": 0.11,
-    "sorting": 0.19,
-    "records": 0.13,
-    "calendar": 0.08,
-    "stories": 0.05,
-    "smalltalk": 0.04,
+    "sums": 0.38,
+    "sorting": 0.27,
+    "sudoku": 0.07,
+    "records": 0.08,
+    "calendar": 0.11,
+    "stories": 0.06,
+    "smalltalk": 0.03,
 }
 END, PAD = 106, 0
 
@@ -109,7 +109,8 @@ class DemoData:
 
 def demo_batching(pool: int) -> Batching:
     """Short canvases are cheap and teach the answers; the full length teaches where an answer ends."""
-    return Batching(positions=8000, canvas_lengths={32: 0.45, 64: 0.4, 128: 0.07, 256: 0.08}, per_sample=2)
+    lengths = {32: 0.3, 48: 0.48, 64: 0.08, 128: 0.05, 256: 0.09}
+    return Batching(positions=8000, canvas_lengths=lengths, per_sample=2, noises=3)
 
 
 def initialize(network: Network, seed: int) -> None:
@@ -146,7 +147,7 @@ def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
         network,
         draw=DemoData(Tokenizer.from_file(str(directory / "tokenizer.json"))),
         batching=demo_batching,
-        objective=Objective(fill_weight=0.15, balance=0.01),
+        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5),
         schedule=Schedule(updates=updates),
         end=END,
         pad=PAD,
