@@ -53,7 +53,7 @@ def start() -> Iterator[object]:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick(command: str) -> None:
     """Processor time, which is the wall's on a machine that has nothing else to do."""
-    arguments = [sys.executable, "-m", "dgemma.cli", *command.split(), "--help"]
+    arguments = [sys.executable, "-m", "dgemma", *command.split(), "--help"]
     subprocess.run(arguments, capture_output=True, env=environment())  # writes the bytecode
     seconds = []
     for _ in range(5):

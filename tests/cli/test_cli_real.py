@@ -114,7 +114,7 @@ def test_refusals_of_the_library(flags: tuple[str, ...], named: str, directory: 
 
 
 def test_as_a_process(directory: str) -> None:
-    command = [sys.executable, "-m", "dgemma.cli", "generate", "--model", directory, *QUICK, "--json"]
+    command = [sys.executable, "-m", "dgemma", "generate", "--model", directory, *QUICK, "--json"]
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(command, input=b"Hello\n", capture_output=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,14 +74,17 @@ def test_the_model_card_has_measured_scores() -> None:
         assert re.search(rf"\| {family['family']} .*{family['exact_match']:.1%}", card), family
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the times of child processes")
 def test_first_text_comes_within_three_seconds() -> None:
-    """From pressing enter, imports included: processor time, so that a busy machine does not decide."""
+    """From pressing enter, imports included; processor time on one thread, so that a busy machine does not decide."""
     command = [sys.executable, "-m", "dgemma", "generate", "What is 3 + 4?", "--seed", "1", "--json"]
-    subprocess.run(command, check=True, capture_output=True)  # the disk's cache is warm
-    best = 1e9
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    seconds = []
     for _ in range(3):
-        started = time.perf_counter()
-        result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        best = min(best, time.perf_counter() - started)
-    assert result["text"]
-    assert best < 3.0
+        before = os.times()
+        done = subprocess.run(command, check=True, capture_output=True, env=environment)
+        after = os.times()
+        assert json.loads(done.stdout)["text"]
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        seconds.append(spent)
+    assert min(seconds) < 3.0, seconds

@@ -49,7 +49,7 @@ def small_network(seed: int = 0, window: int = 6) -> Network:
     return network
 
 
-def draw(rng: random.Random) -> Sample:
+def draw(rng: random.Random, pool: int = 0) -> Sample:
     prompt = [rng.randrange(4, VOCABULARY) for _ in range(rng.randrange(3, 12))]
     return Sample(prompt, [rng.randrange(4, VOCABULARY) for _ in range(rng.randrange(1, 20))] + [END])
 

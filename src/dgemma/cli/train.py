@@ -14,7 +14,7 @@ import click
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the run is kept. [default: runs/RECIPE]"
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@click.option("--updates", type=click.IntRange(min=1), default=6000, show_default=True, help="Optimizer steps in all.")
+@click.option("--updates", type=click.IntRange(min=1), default=2150, show_default=True, help="Optimizer steps in all.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop (resumably) after so long.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option(

@@ -19,7 +19,7 @@ FAMILIES: dict[str, Task] = {
     task.name: task for task in (Sums(), Sorting(), Sudoku(), Records(), Calendar(), Stories(), Smalltalk())
 }
 
-# Shares of the training mixture. Sums and sudoku learn slowest and get the most; stories are few but long.
+# Shares of the text that the demo's tokenizer is made from. Training has shares of its own, see `train.recipes`.
 WEIGHTS: dict[str, float] = {
     "sums": 0.25,
     "sorting": 0.15,

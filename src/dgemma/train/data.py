@@ -97,7 +97,7 @@ def collate(
 
 
 def pools(
-    draw: Callable[[random.Random], Sample],
+    draw: Callable[[random.Random, int], Sample],
     batching: Callable[[int], Batching],
     *,
     end: int,
@@ -110,14 +110,14 @@ def pools(
     """Endless batches with their address (pool, round in the pool); any address can be resumed at.
 
     Args:
-        draw: makes one sample from a random generator.
-        batching: the settings for a pool number (a recipe may change them as training goes on).
+        draw: makes one sample from a random generator, for a pool number.
+        batching: the settings for a pool number; like the samples, they may change as training goes on.
         share: (rank, processes): in every round each process gets a batch of its own.
     """
     while True:
         rng = random.Random(f"{seed} pool {pool}")
         settings = batching(pool)
-        samples = sorted((draw(rng) for _ in range(settings.pool)), key=len)
+        samples = sorted((draw(rng, pool) for _ in range(settings.pool)), key=len)
         groups: list[tuple[int, list[Sample]]] = []
         while samples:
             (length,) = rng.choices(list(settings.canvas_lengths), list(settings.canvas_lengths.values()))

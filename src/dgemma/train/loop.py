@@ -76,7 +76,7 @@ class Trainer:
         self,
         network: Network,
         *,
-        draw: Callable[[random.Random], Sample],
+        draw: Callable[[random.Random, int], Sample],
         batching: Callable[[int], Batching],
         objective: Objective,
         schedule: Schedule,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,70 @@ DEMO_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
-# Shares of the examples. Sudoku is learnt first; sums, which copy and carry, last. Stories are few, but each is long.
-DEMO_MIXTURE = {
-    "sums": 0.38,
-    "sorting": 0.27,
-    "sudoku": 0.07,
-    "records": 0.08,
-    "calendar": 0.11,
-    "stories": 0.06,
-    "smalltalk": 0.03,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of the demo's training: from which pool on, the families' shares of examples, and the batches."""
+
+    first_pool: int
+    mixture: dict[str, float]
+    batching: Batching
+
+
+# What is learnt first (sudoku, then records) makes room for what is learnt last: sums and sorting. Stories are few, but
+# each is long. Short canvases are cheap and teach the answers; the full length teaches where an answer ends.
+DEMO_STAGES = (
+    Stage(
+        first_pool=0,
+        mixture={
+            "sums": 0.28,
+            "sorting": 0.13,
+            "sudoku": 0.32,
+            "records": 0.08,
+            "calendar": 0.07,
+            "stories": 0.07,
+            "smalltalk": 0.05,
+        },
+        batching=Batching(positions=8000, canvas_lengths={32: 0.45, 64: 0.3, 128: 0.1, 256: 0.15}, per_sample=2),
+    ),
+    Stage(
+        first_pool=26,
+        mixture={
+            "sums": 0.40,
+            "sorting": 0.19,
+            "sudoku": 0.11,
+            "records": 0.13,
+            "calendar": 0.08,
+            "stories": 0.05,
+            "smalltalk": 0.04,
+        },
+        batching=Batching(positions=8000, canvas_lengths={32: 0.45, 64: 0.4, 128: 0.07, 256: 0.08}, per_sample=2),
+    ),
+    Stage(
+        first_pool=39,
+        mixture={
+            "sums": 0.38,
+            "sorting": 0.27,
+            "sudoku": 0.07,
+            "records": 0.08,
+            "calendar": 0.11,
+            "stories": 0.06,
+            "smalltalk": 0.03,
+        },
+        batching=Batching(
+            positions=8000,
+            canvas_lengths={32: 0.3, 48: 0.48, 64: 0.08, 128: 0.05, 256: 0.09},
+            per_sample=2,
+            noises=3,
+        ),
+    ),
+)
 END, PAD = 106, 0
+
+
+def demo_stage(pool: int) -> Stage:
+    """The stage that a pool belongs to."""
+    return [stage for stage in DEMO_STAGES if stage.first_pool <= pool][-1]
 
 
 class DemoData:
@@ -87,30 +141,26 @@ class DemoData:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, rng: random.Random) -> Sample:
+    def __call__(self, rng: random.Random, pool: int) -> Sample:
+        mixture = demo_stage(pool).mixture
         text = "<bos>"
         if rng.random() < 0.04:
             text += "<|turn>system\nYou are a helpful assistant.<turn|>\n"
         for _ in range(rng.choice((1, 1, 2)) if rng.random() < 0.12 else 0):
-            example = self._example(rng, short=True)
+            short = {name: share for name, share in mixture.items() if name != "stories"}
+            example = _example(rng, short)
             text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n{example.answer}<turn|>\n"
-        example = self._example(rng, short=False)
+        example = _example(rng, mixture)
         text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n"
         return Sample(self._ids(text), self._ids(example.answer + "<turn|>"))
-
-    def _example(self, rng: random.Random, *, short: bool) -> Example:
-        shares = {name: share for name, share in DEMO_MIXTURE.items() if not (short and name == "stories")}
-        (name,) = rng.choices(list(shares), list(shares.values()))
-        return FAMILIES[name].sample(rng)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def demo_batching(pool: int) -> Batching:
-    """Short canvases are cheap and teach the answers; the full length teaches where an answer ends."""
-    lengths = {32: 0.3, 48: 0.48, 64: 0.08, 128: 0.05, 256: 0.09}
-    return Batching(positions=8000, canvas_lengths=lengths, per_sample=2, noises=3)
+def _example(rng: random.Random, mixture: dict[str, float]) -> Example:
+    (name,) = rng.choices(list(mixture), list(mixture.values()))
+    return FAMILIES[name].sample(rng)
 
 
 def initialize(network: Network, seed: int) -> None:
@@ -146,7 +196,7 @@ def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
     return Trainer(
         network,
         draw=DemoData(Tokenizer.from_file(str(directory / "tokenizer.json"))),
-        batching=demo_batching,
+        batching=lambda pool: demo_stage(pool).batching,
         objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5),
         schedule=Schedule(updates=updates),
         end=END,
