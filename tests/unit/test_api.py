@@ -84,6 +84,12 @@ def test_the_budget_holds_to_the_token(babbler: dgemma.Model, mode: str, budget:
     assert not set(result.tokens) & {1, 106}
 
 
+def test_the_last_canvas_of_the_context_is_shorter(babbler: dgemma.Model) -> None:
+    """206 tokens of prompt and 50 of answer fill a context of 256 to the last, in canvases of 16."""
+    params = SamplingParams(max_new_tokens=50, min_tokens=50, max_denoising_steps=2, seed=1)
+    assert len(babbler.generate([7] * 206, params).tokens) == 50
+
+
 def test_an_end_token_ends_the_answer_and_is_not_part_of_it(babbler: dgemma.Model) -> None:
     free = babbler.generate("hello", SHORT)
     last = free.tokens[9]

@@ -211,10 +211,11 @@ def by_diffusion(answer: Answer) -> Iterator[Event]:
     network = answer.network
     cache = network.new_cache()
     draws = CounterDraws([answer.seed], network.device)
-    length = canvas_length(network, answer.params)
+    whole = canvas_length(network, answer.params)
     fresh, index = answer.prompt, 0
     while not answer.done:
         answer.encode(fresh, cache)
+        length = min(whole, network.config.max_position_embeddings - cache.length)  # the context's last canvas is short
         answer.steps_per_canvas.append(0)
         before: list[int] = []
         started = answer.clock.seconds
