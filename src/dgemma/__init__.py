@@ -4,7 +4,7 @@
 import dgemma
 
 model = dgemma.load("demo")
-print(model.generate("What is 347 + 285?").text)
+print(model.generate("JSON: Mara is a 34-year-old baker from Lisbon.").text)
 ```
 Importing this package loads neither torch nor the network: the names below are fetched when first used.
 """

@@ -229,6 +229,14 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path) -> None
     assert [line["update"] for line in log] == list(range(1, 10))
 
 
+def test_a_new_run_can_start_from_trained_weights(tmp_path: Path) -> None:
+    trained, fresh = small_network(seed=7), make_trainer(tmp_path, 5)
+    fresh.start_from(trained.state_dict())
+    for name, weight in trained.named_parameters():
+        torch.testing.assert_close(dict(fresh.network.named_parameters())[name], weight)
+        torch.testing.assert_close(fresh.average[name], weight.detach())
+
+
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, 60)
     seen: list[Progress] = []

@@ -14,6 +14,7 @@ import click
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the run is kept. [default: runs/RECIPE]"
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--start-from", metavar="MODEL", help="Begin with this model's weights (`demo` or a directory).")
 @click.option("--updates", type=click.IntRange(min=1), default=2150, show_default=True, help="Optimizer steps in all.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop (resumably) after so long.")
 @click.option("--seed", type=int, default=1, show_default=True)
@@ -29,6 +30,7 @@ def train(
     recipe: str,
     out: Path | None,
     resume: bool,
+    start_from: str | None,
     updates: int,
     minutes: float | None,
     seed: int,
@@ -47,6 +49,7 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..checkpoint import resolve
     from ..train.loop import Progress as Update
     from ..train.run import Run
     from ..train.run import train as run_training
@@ -58,6 +61,7 @@ def train(
         seed=seed,
         resume=resume,
         minutes=minutes,
+        start=resolve(start_from) if start_from else None,
         processes=processes,
         compiled=compiled,
     )

@@ -179,6 +179,11 @@ class Trainer:
         for weight, part in zip(weights, together.split([weight.numel() for weight in weights]), strict=True):
             weight.grad = part.view_as(weight)
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Takes a trained network's weights as the beginning of a new run; the optimizers start afresh."""
+        self.network.load_state_dict(weights)
+        self.average = {name: weight.detach().clone() for name, weight in self.network.named_parameters()}
+
     def save(self) -> None:
         """Writes the whole state to one file, atomically."""
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.network.named_parameters()}

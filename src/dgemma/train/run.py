@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
+from ..checkpoint import load_network
 from ..errors import CheckpointError, ConfigError
 from . import recipes
 from .compiled import compile_network
@@ -20,7 +21,12 @@ from .loop import STATE, Progress, Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a training run is asked for; `minutes` stops it early, to be resumed later."""
+    """What a training run is asked for.
+
+    Fields:
+        minutes: stops it early, to be resumed later.
+        start: a model directory whose weights a new run begins with.
+    """
 
     recipe: str
     directory: Path
@@ -28,6 +34,7 @@ class Run:
     seed: int
     resume: bool = False
     minutes: float | None = None
+    start: Path | None = None
     processes: int = 1
     compiled: bool = True
 
@@ -40,6 +47,8 @@ class Run:
         """
         if self.recipe not in recipes.RECIPES:
             raise ConfigError(f"recipe: {self.recipe!r} is unknown (known: {', '.join(recipes.RECIPES)})")
+        if self.start is not None and self.resume:
+            raise ConfigError("start: goes with a new run, not with resume")
         exists = (self.directory / STATE).is_file()
         if exists and not self.resume:
             raise CheckpointError(f"{self.directory}: holds a run already; go on with --resume or name another folder")
@@ -92,6 +101,8 @@ def _work(run: Run, until: float | None, report: Callable[[Progress], None]) -> 
     trainer: Trainer = recipes.RECIPES[run.recipe](run.directory, updates=run.updates, seed=run.seed)
     if run.resume:
         trainer.resume()
+    elif run.start is not None:
+        trainer.start_from(load_network(run.start, trainer.network.config, dtype=torch.float32).state_dict())
     if run.compiled:
         compile_network(trainer.network)
     ended = trainer.run(report, until=until)
