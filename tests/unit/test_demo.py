@@ -47,11 +47,10 @@ def test_it_is_right_about_what_it_knows(demo: dgemma.Model, family: str) -> Non
     assert score.right >= FLOOR[family], score
 
 
-def test_a_long_story_runs_over_more_than_one_canvas(demo: dgemma.Model) -> None:
-    result = demo.generate(
-        "Write a long story about a fox named Pip", dgemma.SamplingParams(max_new_tokens=512, seed=1)
-    )
-    assert len(result.stats.steps_per_canvas) > 1
+def test_a_story_runs_over_several_canvases(demo: dgemma.Model) -> None:
+    params = dgemma.SamplingParams(max_new_tokens=512, seed=1, canvas_length=64)
+    result = demo.generate("Write a long story about a fox named Pip", params)
+    assert len(result.stats.steps_per_canvas) > 2
     assert "Pip" in result.text and len(result.text) > 600
 
 
@@ -71,7 +70,7 @@ def test_the_model_card_has_measured_scores() -> None:
     card = (DIRECTORY / "README.md").read_text(encoding="utf-8")
     scores = json.loads((DIRECTORY / "scores.json").read_text(encoding="utf-8"))
     for family in scores["families"]:
-        assert family["prompts"] >= 100
+        assert family["prompts"] >= 500
         assert re.search(rf"\| {family['family']} .*{family['exact_match']:.1%}", card), family
 
 

@@ -32,7 +32,9 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One family's outcome. `tokens_per_forward` is all tokens over all steps; `tokens_per_second` likewise."""
+    """One family's outcome. `tokens_per_forward` is all tokens over all steps (1 in autoregressive mode, which has no
+    steps); `tokens_per_second` is all tokens over all seconds.
+    """
 
     family: str
     prompts: int
@@ -107,7 +109,7 @@ def score(family: str, records: list[Record]) -> Score:
         prompts=len(records),
         right=right,
         exact_match=right / max(1, len(records)),
-        tokens_per_forward=tokens / max(1, steps),
+        tokens_per_forward=tokens / steps if steps else 1.0,
         steps_per_canvas=steps / max(1, sum(r.canvases for r in records)),
         tokens_per_second=tokens / max(1e-9, sum(r.seconds for r in records)),
         empty=sum(not r.reply.strip() for r in records),
