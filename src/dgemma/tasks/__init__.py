@@ -4,6 +4,7 @@ Pure Python and the standard library only.
 """
 
 import random
+from collections.abc import Mapping
 from itertools import repeat
 
 from dgemma.tasks.calendar import Calendar
@@ -33,9 +34,9 @@ WEIGHTS: dict[str, float] = {
 __all__ = ["FAMILIES", "WEIGHTS", "Example", "Task", "held_out", "mixture"]
 
 
-def mixture(rng: random.Random) -> Example:
-    """Draw one training example, its family by `WEIGHTS`."""
-    (name,) = rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))
+def mixture(rng: random.Random, shares: Mapping[str, float] = WEIGHTS) -> Example:
+    """Draw one training example, its family by `shares`."""
+    (name,) = rng.choices(tuple(shares), tuple(shares.values()))
     return FAMILIES[name].sample(rng)
 
 

@@ -17,7 +17,7 @@ from ..checkpoint import save_checkpoint
 from ..config import FULL, SLIDING, ModelConfig
 from ..model import Network
 from ..params import GenerationConfig
-from ..tasks import FAMILIES, Example
+from ..tasks import mixture
 from .data import Batching, Sample
 from .loop import Schedule, Trainer
 from .objective import Objective
@@ -142,25 +142,20 @@ class DemoData:
         self.tokenizer = tokenizer
 
     def __call__(self, rng: random.Random, pool: int) -> Sample:
-        mixture = demo_stage(pool).mixture
+        shares = demo_stage(pool).mixture
         text = "<bos>"
         if rng.random() < 0.04:
             text += "<|turn>system\nYou are a helpful assistant.<turn|>\n"
         for _ in range(rng.choice((1, 1, 2)) if rng.random() < 0.12 else 0):
-            short = {name: share for name, share in mixture.items() if name != "stories"}
-            example = _example(rng, short)
+            short = {name: share for name, share in shares.items() if name != "stories"}
+            example = mixture(rng, short)
             text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n{example.answer}<turn|>\n"
-        example = _example(rng, mixture)
+        example = mixture(rng, shares)
         text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n"
         return Sample(self._ids(text), self._ids(example.answer + "<turn|>"))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _example(rng: random.Random, mixture: dict[str, float]) -> Example:
-    (name,) = rng.choices(list(mixture), list(mixture.values()))
-    return FAMILIES[name].sample(rng)
 
 
 def initialize(network: Network, seed: int) -> None:
