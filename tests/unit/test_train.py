@@ -134,12 +134,19 @@ def test_gradients_flow_from_the_denoiser_into_the_encoder() -> None:
 def test_noise_keeps_each_token_with_probability_one_minus_t() -> None:
     """Over uniform t half of the tokens stay (plus those that noise hits by chance), in canvases of every level."""
     canvas = torch.full((4000, 16), 7)
-    noisy = objective.add_noise(canvas, VOCABULARY, 1e-4, torch.Generator().manual_seed(0))
+    noisy = objective.add_noise(canvas, VOCABULARY, Objective(), torch.Generator().manual_seed(0))
     kept = (noisy == canvas).float()
     assert kept.mean().item() == pytest.approx(0.5 + 0.5 / VOCABULARY, abs=0.01)
     assert kept.mean(dim=1).quantile(0.1).item() < 0.2 and kept.mean(dim=1).quantile(0.9).item() > 0.8
     replaced = noisy[noisy != canvas]
     assert len(replaced.unique()) == VOCABULARY - 1
+
+
+def test_a_power_below_one_draws_more_noise() -> None:
+    """The mean of u ** 0.5 is 2/3."""
+    canvas = torch.full((4000, 16), 7)
+    noisy = objective.add_noise(canvas, VOCABULARY, Objective(t_power=0.5), torch.Generator().manual_seed(0))
+    assert (noisy == canvas).float().mean().item() == pytest.approx(1 / 3 + 2 / 3 / VOCABULARY, abs=0.01)
 
 
 def test_tiled_cross_entropy_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,8 +164,8 @@ class LiveView:
 
     def _emit(self, text: str) -> None:
         if text and not self.quiet:
-            write_answer(text)
             self._last = text[-1]
+            write_answer(text)
 
     def _notice(self, message: Warning | str, *_details: Any) -> None:
         """A warning, written above the rows."""

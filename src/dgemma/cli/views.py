@@ -56,8 +56,8 @@ class PlainView:
     def text(self, text: str) -> None:
         """Writes `text` and flushes it."""
         if text and not self.quiet:
+            self._last = text[-1]  # before writing: a Ctrl-C that comes in between still gets its line end
             write_answer(text)
-            self._last = text[-1]
 
 
 class LogView(PlainView):

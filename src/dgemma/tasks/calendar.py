@@ -2,8 +2,6 @@
 
 import random
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from dgemma.tasks.task import Example, Task, dress
 
@@ -29,7 +27,7 @@ def plural(number: int, noun: str) -> str:
 
 
 class Calendar(Task):
-    """Counting weekdays; the answer first takes out the whole weeks."""
+    """Counting weekdays; the answer takes out the whole weeks, then counts the days that are left."""
 
     name = "calendar"
 
@@ -39,9 +37,9 @@ class Calendar(Task):
         wording = rng.choice(WORDINGS + (AFTER_WORDINGS if way == "after" else BEFORE_WORDINGS))
         data = {"number": number, "way": way, "day": day}
         weeks, rest = divmod(number, 7)
-        left = plural(rest, "day")
         verb = "is" if number == 1 else "are"
-        answer = f"{count} {verb} {plural(weeks, 'week')} and {left}. {left} {way} {day} is {_truth(data)}."
+        counted = ", ".join(f"{step} {_count(day, way, step)}" for step in range(rest + 1))
+        answer = f"{count} {verb} {plural(weeks, 'week')} and {plural(rest, 'day')}. {counted}."
         prompt = dress(rng, wording.format(count=count, way=way, day=day))
         return Example(family=self.name, prompt=prompt, answer=answer, data=data)
 
@@ -50,10 +48,11 @@ class Calendar(Task):
 
     def check(self, example: Example, reply: str) -> bool:
         """The last weekday that the reply names is the right one, and the reply ends with it."""
+        data = example.data
         found = re.search(r"\b([A-Z][a-z]+day)\.?$", reply.strip())
-        return found is not None and found.group(1) == _truth(example.data)
+        return found is not None and found.group(1) == _count(data["day"], data["way"], data["number"])
 
 
-def _truth(data: Mapping[str, Any]) -> str:
-    step = data["number"] if data["way"] == "after" else -data["number"]
-    return DAYS[(DAYS.index(data["day"]) + step) % 7]
+def _count(day: str, way: str, number: int) -> str:
+    """The weekday that lies `number` days before or after `day`."""
+    return DAYS[(DAYS.index(day) + (number if way == "after" else -number)) % 7]

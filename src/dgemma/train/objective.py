@@ -26,7 +26,9 @@ class Objective:
         autoregressive: weight of the encoder's next-token loss.
         fill_weight: weight of a fill position beside a position of the answer.
         balance: weight of the expert-balancing term (Switch Transformer, equation 4), for training from scratch.
-        t_min: the least noise; t is uniform on (t_min, 1 - t_min).
+        t_min: the least noise; t lies between t_min and 1 - t_min.
+        t_power: t is drawn as u ** t_power from a uniform u. Below 1 there is more noise: fewer answers that can be
+            copied from a neighbour that is still clean.
     """
 
     self_conditioning: float = 0.5
@@ -34,6 +36,7 @@ class Objective:
     fill_weight: float = 1.0
     balance: float = 0.0
     t_min: float = 1e-4
+    t_power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,10 @@ class CanvasView(_Routing, View):
         return torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2), mask
 
 
-def add_noise(canvas: Tensor, vocabulary: int, t_min: float, generator: torch.Generator) -> Tensor:
+def add_noise(canvas: Tensor, vocabulary: int, objective: Objective, generator: torch.Generator) -> Tensor:
     """Replaces each token with probability t by a uniform one; one t a canvas. [R, L] int64 -> [R, L]."""
-    rows = canvas.shape[0]
-    t = t_min + (1 - 2 * t_min) * torch.rand(rows, 1, generator=generator)
+    u = torch.rand(canvas.shape[0], 1, generator=generator)
+    t = objective.t_min + (1 - 2 * objective.t_min) * u**objective.t_power
     replaced = torch.rand(canvas.shape, generator=generator) < t
     noise = torch.randint(0, vocabulary, canvas.shape, generator=generator)
     return torch.where(replaced.to(canvas.device), noise.to(canvas.device), canvas)
@@ -114,7 +117,7 @@ def add_noise(canvas: Tensor, vocabulary: int, t_min: float, generator: torch.Ge
 def compute(network: Network, batch: Batch, objective: Objective, generator: torch.Generator) -> Losses:
     """Losses of one batch; every random number comes from `generator` (on the CPU)."""
     window = network.config.sliding_window
-    noisy = add_noise(batch.canvas, network.config.vocab_size, objective.t_min, generator)
+    noisy = add_noise(batch.canvas, network.config.vocab_size, objective, generator)
 
     sequences = SequenceView(batch, window)
     hidden = network.run(network.embed(batch.tokens), sequences)

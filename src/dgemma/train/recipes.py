@@ -126,6 +126,24 @@ DEMO_STAGES = (
             noises=3,
         ),
     ),
+    Stage(
+        first_pool=55,
+        mixture={
+            "sums": 0.33,
+            "sorting": 0.30,
+            "sudoku": 0.06,
+            "records": 0.06,
+            "calendar": 0.14,
+            "stories": 0.07,
+            "smalltalk": 0.04,
+        },
+        batching=Batching(
+            positions=8000,
+            canvas_lengths={32: 0.22, 48: 0.48, 64: 0.1, 128: 0.06, 256: 0.14},
+            per_sample=2,
+            noises=3,
+        ),
+    ),
 )
 END, PAD = 106, 0
 
@@ -192,7 +210,7 @@ def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
         network,
         draw=DemoData(Tokenizer.from_file(str(directory / "tokenizer.json"))),
         batching=lambda pool: demo_stage(pool).batching,
-        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5),
+        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5, t_power=0.5),
         schedule=Schedule(updates=updates),
         end=END,
         pad=PAD,
