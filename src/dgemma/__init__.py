@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import CapacityError, CheckpointError, ConfigError, DGemmaError, RequestError
-from .events import Commit, Draft, Event, Finish, Result, Stats
+from .events import Commit, Draft, Early, Event, Finish, Result, Stats, TokenLogprob, ToolCall
 from .params import GenerationConfig, SamplingParams
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DGemmaError",
     "Draft",
+    "Early",
     "Event",
     "Finish",
     "GenerationConfig",
@@ -38,6 +39,8 @@ __all__ = [
     "Result",
     "SamplingParams",
     "Stats",
+    "TokenLogprob",
+    "ToolCall",
     "load",
 ]
 

@@ -35,13 +35,36 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commit:
-    """A finished canvas (in autoregressive mode a token): what it adds.
+class ToolCall:
+    """A function that the model asks to be called; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token of the answer, its log-probability (nats), and the likeliest tokens of its place with theirs.
+
+    The scores are the network's own, before temperature and every other restriction. Of a canvas they are those of
+    its last step.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What an answer grows by.
 
     Fields:
-        canvas, steps: its number, and the steps it took.
-        tokens: ids that the user gets of it, trimmed at the end token and the budget.
+        canvas, steps: number of the canvas it is from, and the steps that this canvas has taken.
+        tokens: ids that the user gets, trimmed at the end token and the budget.
         text, thoughts: what is certain now of the answer and of the thought channel.
+        tool_calls: calls that are complete now.
+        logprobs: one a token where they were asked for.
     """
 
     canvas: int
@@ -49,6 +72,18 @@ class Commit:
     tokens: list[int]
     text: str
     thoughts: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Early(Delta):
+    """The first tokens of a canvas that is not finished; they will not change (`SamplingParams.early_text`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit(Delta):
+    """A finished canvas (in autoregressive mode a token): what it adds to what was sent early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +109,8 @@ class Result:
     Fields:
         text: the answer without thoughts and end marks.
         thoughts: what the model wrote in its thought channel, or None.
+        tool_calls: functions that the model asks to be called, in order.
+        logprobs: one a token where they were asked for, else None.
         tokens: ids of the whole answer, end token left out.
         finish_reason: "stop" (end token or stop string) or "length".
         seed: the seed that reproduces it.
@@ -86,6 +123,8 @@ class Result:
     seed: int
     stats: Stats
     thoughts: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,4 +134,4 @@ class Finish:
     result: Result
 
 
-Event = Draft | Commit | Finish
+Event = Draft | Early | Commit | Finish

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from .errors import ConfigError, RequestError
 
 MODES = ("diffusion", "autoregressive")
+EARLY_TEXT = ("off", "safe", "eager")
+MOST_LOGPROBS = 20
+MOST_BIAS = 100.0
 PRESETS: dict[str, dict[str, Any]] = {
     # Looser bounds settle more positions a step; tighter ones take more steps and make fewer slips.
     "fast": {"entropy_bound": 0.3, "max_denoising_steps": 24, "confidence_threshold": 0.02},
@@ -28,7 +32,9 @@ class SamplingParams:
         min_tokens: no end token is accepted before this many tokens.
         seed: every random number of the request follows from it; `None` draws one.
         temperature: multiplies the checkpoint's temperature schedule; 0 is greedy (argmax everywhere).
-        top_p, top_k: restrict what a position may be sampled from. 1.0 and `None` leave all words in.
+        top_p, top_k, min_p: restrict what a position may be sampled from: the smallest set of words of that
+            probability, so many words, words at least that likely beside the likeliest. 1.0, `None` and 0.0 leave all in.
+        logit_bias: token id -> what is added to its score at every position.
         stop: strings that end the answer; they are not part of it.
         stop_token_ids: token ids that end the answer, besides the checkpoint's own.
         max_denoising_steps: steps a canvas at most.
@@ -38,6 +44,11 @@ class SamplingParams:
         stability_threshold: ... and its argmax has not changed for this many steps.
         canvas_length: tokens settled at once; at most the checkpoint's own.
         mode: "diffusion", or "autoregressive" on the same weights.
+        stop_at_end: whether a canvas is done when the part up to its first end token is.
+        early_text: whether the first tokens of a canvas are given out, and then kept, before all of it is done: "off";
+            "safe", when they have held for long; "eager", when they have held for a moment.
+        logprobs: log-probabilities of the answer's tokens, with so many of the likeliest beside each (at most 20);
+            None for none.
 
     Raises:
         RequestError: a value is out of range; the message names the field.
@@ -59,6 +70,11 @@ class SamplingParams:
     stability_threshold: int | None = None
     canvas_length: int | None = None
     mode: str = "diffusion"
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_at_end: bool = False
+    early_text: str = "off"
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -83,6 +99,19 @@ class SamplingParams:
         _whole(self, "canvas_length", 1)
         if self.mode not in MODES:
             raise RequestError(f"mode: {self.mode!r} is not one of {', '.join(MODES)}")
+        _number(self, "min_p", 0.0, 1.0)
+        _whole(self, "logprobs", 0, MOST_LOGPROBS)
+        if not isinstance(self.stop_at_end, bool):
+            raise RequestError(f"stop_at_end: {self.stop_at_end!r} is neither true nor false")
+        if self.early_text not in EARLY_TEXT:
+            raise RequestError(f"early_text: {self.early_text!r} is not one of {', '.join(EARLY_TEXT)}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias: {self.logit_bias!r} is not a mapping from token id to number")
+        for token, bias in self.logit_bias.items():
+            if not _is_int(token) or token < 0:
+                raise RequestError(f"logit_bias: {token!r} is not a token id")
+            if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= MOST_BIAS:
+                raise RequestError(f"logit_bias: {bias!r} for token {token} is not a number from -100 to 100")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop: every entry is a non-empty string, not {text!r}")
