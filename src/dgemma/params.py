@@ -33,8 +33,8 @@ class SamplingParams:
         seed: every random number of the request follows from it; `None` draws one.
         temperature: multiplies the checkpoint's temperature schedule; 0 is greedy (argmax everywhere).
         top_p, top_k, min_p: restrict what a position may be sampled from: the smallest set of words of that
-            probability, so many words, words at least that likely beside the likeliest. 1.0, `None` and 0.0 leave all in.
-        logit_bias: token id -> what is added to its score at every position.
+            probability, so many words, words at least that likely beside the likeliest. 1.0, `None`, 0.0: no limit.
+        logit_bias: what is added to a token's score at every position: a mapping, kept as (token id, bias) pairs.
         stop: strings that end the answer; they are not part of it.
         stop_token_ids: token ids that end the answer, besides the checkpoint's own.
         max_denoising_steps: steps a canvas at most.
@@ -71,7 +71,7 @@ class SamplingParams:
     canvas_length: int | None = None
     mode: str = "diffusion"
     min_p: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: tuple[tuple[int, float], ...] | Mapping[int, float] = ()
     stop_at_end: bool = False
     early_text: str = "off"
     logprobs: int | None = None
@@ -105,9 +105,12 @@ class SamplingParams:
             raise RequestError(f"stop_at_end: {self.stop_at_end!r} is neither true nor false")
         if self.early_text not in EARLY_TEXT:
             raise RequestError(f"early_text: {self.early_text!r} is not one of {', '.join(EARLY_TEXT)}")
-        if not isinstance(self.logit_bias, Mapping):
-            raise RequestError(f"logit_bias: {self.logit_bias!r} is not a mapping from token id to number")
-        for token, bias in self.logit_bias.items():
+        try:
+            pairs = tuple(sorted(dict(self.logit_bias).items()))
+        except (TypeError, ValueError):
+            raise RequestError(f"logit_bias: {self.logit_bias!r} is not a mapping from token id to number") from None
+        object.__setattr__(self, "logit_bias", pairs)
+        for token, bias in pairs:
             if not _is_int(token) or token < 0:
                 raise RequestError(f"logit_bias: {token!r} is not a token id")
             if not isinstance(bias, int | float) or isinstance(bias, bool) or not abs(bias) <= MOST_BIAS:
