@@ -14,12 +14,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import CapacityError, CheckpointError, ConfigError, DGemmaError, RequestError
+from .errors import CapacityError, CheckpointError, ConfigError, DGemmaError, Draining, QueueFull, RequestError
 from .events import Commit, Draft, Early, Event, Finish, Result, Stats, TokenLogprob, ToolCall
 from .params import GenerationConfig, SamplingParams
 
 if TYPE_CHECKING:
-    from .api import Model, load
+    from .api import EngineSettings, Model, load
 
 __version__ = "0.1.0"
 
@@ -30,11 +30,14 @@ __all__ = [
     "ConfigError",
     "DGemmaError",
     "Draft",
+    "Draining",
     "Early",
+    "EngineSettings",
     "Event",
     "Finish",
     "GenerationConfig",
     "Model",
+    "QueueFull",
     "RequestError",
     "Result",
     "SamplingParams",
@@ -46,6 +49,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Model", "load"):
+    if name in ("EngineSettings", "Model", "load"):
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 
 from . import checkpoint
 from .config import ModelConfig
-from .engine import Answer, run
+from .diffusion.generate import canvas_length, check_tokens
+from .engine import Engine, EngineSettings, Request, Status, Ticket
 from .errors import CapacityError, CheckpointError, ConfigError, RequestError
 from .events import Event, Finish, Result
 from .model import Network
@@ -20,6 +23,7 @@ from .params import GenerationConfig, SamplingParams
 from .text import ChatTemplate, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+LOOK_AHEAD = 2  # batches of requests that wait while one runs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,10 +36,16 @@ class Model:
         tokenizer, chat: None where the checkpoint has no such file; token ids work without.
     """
 
-    def __init__(self, name: str, directory: Path, network: Network):
+    def __init__(self, name: str, directory: Path, network: Network, settings: EngineSettings | None = None):
         self.name, self.directory, self.network = name, directory, network
+        self._settings = settings
         self.tokenizer: Tokenizer | None = Tokenizer.read(directory)
         self.chat: ChatTemplate | None = ChatTemplate.read(directory)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the requests; made when the first one comes."""
+        return Engine(self.network, self.tokenizer, self._settings)
 
     @property
     def config(self) -> ModelConfig:
@@ -62,7 +72,14 @@ class Model:
         """Ids that end an answer."""
         return self.generation.eos_token_ids
 
-    def tokens_of(self, prompt: Prompt, *, think: bool = False, raw: bool = False) -> list[int]:
+    def tokens_of(
+        self,
+        prompt: Prompt,
+        *,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The ids that the network is given for a prompt.
 
         A text becomes one user message, messages go through the chat template, ids stay as they are. With `raw` a
@@ -89,43 +106,127 @@ class Model:
         if self.chat is None:
             path = self.directory / "chat_template.jinja"
             raise CheckpointError(f"{path}: no such file; without a chat template only raw text and token ids work")
-        return self.chat.encode(tokenizer, messages, think=think)  # type: ignore[arg-type]
+        return self.chat.encode(tokenizer, messages, think=think, tools=tools)  # type: ignore[arg-type]
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, think: bool = False, raw: bool = False
-    ) -> Iterator[Event]:
-        """One answer as it comes: a `Draft` a step, a `Commit` a canvas, one `Finish`. Closing it stops the run.
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        drafts: bool = False,
+    ) -> Ticket:
+        """Puts a request in line. The ticket gives its events, to a loop or to an event loop, and cancels it.
 
-        Everything wrong with the request is raised here, before the first event.
+        Everything wrong with the request is raised here.
+
+        Args:
+            think: whether the model may think before it answers.
+            raw: continue a text as it is, without the chat template.
+            tools: functions that the model may call, in OpenAI's form.
+            drafts: whether every step is told (`Draft`).
 
         Raises:
             RequestError: the prompt or a setting cannot be honoured.
-            CapacityError: prompt and answer do not fit the model's context.
+            CapacityError: prompt and answer do not fit the model's context; `QueueFull`: too many requests wait.
             CheckpointError: the checkpoint lacks a file that text needs.
         """
         params = params or SamplingParams()
         if params.stop:
             self._tokenizer()
-        answer = Answer(
-            network=self.network,
-            tokenizer=self.tokenizer,
-            prompt=self.tokens_of(prompt, think=think, raw=raw),
+        settings = params.resolve(self.generation)
+        tokens = self.tokens_of(prompt, think=think, raw=raw, tools=tools)
+        check_tokens(self.network, torch.tensor([tokens]))
+        self._check_ids(params)
+        if len(tokens) + settings.max_new_tokens > self.engine.limit:
+            raise CapacityError(
+                f"prompt: {len(tokens)} tokens and max_new_tokens {settings.max_new_tokens} exceed the model's context "
+                f"of {self.engine.limit}"
+            )
+        request = Request(
+            prompt=tuple(tokens),
             params=params,
-            settings=params.resolve(self.generation),
+            settings=settings,
+            canvas=canvas_length(self.network, params),
+            limit=self.engine.limit,
             seed=secrets.randbits(32) if params.seed is None else params.seed,
             think=think,
+            drafts=drafts,
         )
-        answer.check()
-        return run(answer)
+        return self.engine.submit(request)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Iterator[Event]:
+        """One answer as it comes: a `Draft` a step, a `Commit` a canvas, one `Finish`. Closing it stops the run.
+
+        Arguments and errors are those of `submit`; what is wrong is raised here, before the first event.
+        """
+        ticket = self.submit(prompt, params, think=think, raw=raw, tools=tools, drafts=True)
+
+        def events() -> Iterator[Event]:
+            try:
+                yield from ticket
+            finally:
+                ticket.cancel()
+
+        return events()
+
+    async def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> AsyncIterator[Event]:
+        """`stream` for an event loop: `async for event in model.astream(...)`."""
+        ticket = self.submit(prompt, params, think=think, raw=raw, tools=tools, drafts=True)
+        try:
+            async for event in ticket:
+                yield event
+        finally:
+            ticket.cancel()
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, think: bool = False, raw: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Result:
-        """One answer, whole. Arguments and errors are those of `stream`."""
-        for event in self.stream(prompt, params, think=think, raw=raw):
-            if isinstance(event, Finish):
-                return event.result
-        raise AssertionError("a stream ends with a Finish")
+        """One answer, whole. Arguments and errors are those of `submit`."""
+        return _result(self.submit(prompt, params, think=think, raw=raw, tools=tools))
+
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        think: bool = False,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Result:
+        """`generate` for an event loop; a task that is cancelled ends its request."""
+        ticket = self.submit(prompt, params, think=think, raw=raw, tools=tools)
+        try:
+            async for event in ticket:
+                if isinstance(event, Finish):
+                    return event.result
+        finally:
+            ticket.cancel()
+        raise AssertionError("a ticket that is not cancelled ends with a Finish")
 
     def generate_batch(
         self,
@@ -135,12 +236,39 @@ class Model:
         think: bool = False,
         raw: bool = False,
     ) -> list[Result]:
-        """Answers in the order of the prompts, one after another for now. `params`: one for all, or one for each."""
+        """Answers in the order of the prompts, computed together. `params`: one for all, or one for each."""
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"params: {len(each)} settings for {len(prompts)} prompts")
-        streams = [self.stream(p, own, think=think, raw=raw) for p, own in zip(prompts, each, strict=True)]
-        return [event.result for events in streams for event in events if isinstance(event, Finish)]
+        tickets: deque[Ticket] = deque()
+        results: list[Result] = []
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                if len(tickets) >= LOOK_AHEAD * self.engine.settings.max_batch:
+                    results.append(_result(tickets.popleft()))
+                tickets.append(self.submit(prompt, own, think=think, raw=raw))
+            while tickets:
+                results.append(_result(tickets.popleft()))
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+        return results
+
+    def start(self) -> None:
+        """Lets a thread of its own drive the engine from now on; otherwise whoever waits for an answer does."""
+        self.engine.start()
+
+    def status(self) -> Status:
+        """The engine's figures."""
+        return self.engine.status()
+
+    def drain(self, seconds: float) -> bool:
+        """Refuses new requests, waits so long for those that are here; returns whether all are done."""
+        return self.engine.drain(seconds)
+
+    def close(self) -> None:
+        """Ends every request, and the engine."""
+        self.engine.close()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a model directory that this package and transformers load; see `checkpoint.save_checkpoint`."""
@@ -152,6 +280,15 @@ class Model:
             text_files=self.directory,
             source=self.directory,
         )
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        """Refuses settings that name tokens the model does not have."""
+        named = {"stop_token_ids": params.stop_token_ids, "logit_bias": tuple(dict(params.logit_bias))}
+        size = self.config.vocab_size
+        for name, tokens in named.items():
+            for token in tokens:
+                if token >= size:
+                    raise RequestError(f"{name}: token id {token} is outside the vocabulary of {size}")
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -165,6 +302,7 @@ def load(
     dtype: str = "auto",
     *,
     threads: int | None = None,
+    engine: EngineSettings | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -174,6 +312,7 @@ def load(
         dtype: "float32", "bfloat16", "float16", or "auto": what `config.json` says, but float32 for a network of
             less than a billion weights on a CPU, where two bytes a weight save little and cost time.
         threads: CPU threads to compute with; None leaves torch's choice.
+        engine: how many requests run at once, and how much memory they may take.
 
     Raises:
         ConfigError: an argument or `config.json` has a bad value.
@@ -198,7 +337,7 @@ def load(
         size = config.total_parameters() * weights.itemsize / 1e9
         raise CapacityError(f"{directory}: {size:.1f} GB of weights do not fit the memory of {place}") from None
     network.generation = generation
-    return Model(os.fspath(name), directory, network.eval().requires_grad_(False))
+    return Model(os.fspath(name), directory, network.eval().requires_grad_(False), engine)
 
 
 def _device(name: str) -> torch.device:
@@ -213,6 +352,16 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _result(ticket: Ticket) -> Result:
+    try:
+        for event in ticket:
+            if isinstance(event, Finish):
+                return event.result
+    finally:
+        ticket.cancel()
+    raise AssertionError("a ticket that is not cancelled ends with a Finish")
 
 
 def _all_ids(prompt: Sequence[Any]) -> bool:

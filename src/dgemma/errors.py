@@ -19,3 +19,11 @@ class RequestError(DGemmaError):
 
 class CapacityError(DGemmaError):
     """The request or model does not fit: context length, memory."""
+
+
+class QueueFull(CapacityError):
+    """As many requests wait as may wait; the same request may be taken a moment later."""
+
+
+class Draining(DGemmaError):
+    """The engine finishes what runs and takes no new requests."""

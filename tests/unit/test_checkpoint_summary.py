@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoint_fixtures import Checkpoint, refused, release_dict
 
+from dgemma import memory
 from dgemma.checkpoint import summarize, summary
 from dgemma.errors import ConfigError
 
@@ -60,14 +61,14 @@ def test_damaged_directories(tmp_path: Path):
 
 
 def test_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    found = summary.machine_memory()
+    found = memory.machine_memory()
     assert found is None or 2**26 < found < 2**50
-    monkeypatch.delattr(summary.os, "sysconf", raising=False)
+    monkeypatch.delattr(memory.os, "sysconf", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert summary.machine_memory() is None
+    assert memory.machine_memory() is None
     monkeypatch.setattr(sys, "platform", "win32")
-    if not hasattr(summary.ctypes, "windll"):  # without Windows' library: unknown, no crash
-        assert summary.machine_memory() is None
+    if not hasattr(memory.ctypes, "windll"):  # without Windows' library: unknown, no crash
+        assert memory.machine_memory() is None
 
 
 def test_summary_needs_no_torch(tmp_path: Path):

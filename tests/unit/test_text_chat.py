@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_fixtures import ALPHABET, CONTROLS, FAMILIES, byte_level, gemma_like
 
+import dgemma
 from dgemma.errors import RequestError
-from dgemma.text import ChatTemplate, Tokenizer, check_messages
+from dgemma.text import ChatTemplate, ReplySplitter, Tokenizer, check_messages
 
 Family = Callable[[], Tokenizer]
 SOURCE = """
@@ -42,11 +44,22 @@ SOURCE = """
 """
 TEMPLATE = ChatTemplate(SOURCE, variables={"bos_token": "<bos>"})
 HELLO = [{"role": "user", "content": "hello"}]
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}],
-}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é<'&"}}]
+
+
+def call(name: str = "f", arguments: Any = '{"x": "y"}', id: Any = "1", **more: Any) -> dict[str, Any]:
+    """One entry of `tool_calls`."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+def calling(*calls: Any, content: Any = None, **more: Any) -> dict[str, Any]:
+    """An assistant's message that calls."""
+    return {"role": "assistant", "content": content, "tool_calls": list(calls), **more}
+
+
+def answer(content: Any, id: Any = "1", **more: Any) -> dict[str, Any]:
+    """A tool's message."""
+    return {"role": "tool", "content": content, "tool_call_id": id, **more}
 
 
 def test_render():
@@ -57,14 +70,15 @@ def test_render():
     assert TEMPLATE.render(messages, think=True) == turns + "<|turn>model\n"
     assert TEMPLATE.render(messages) == turns + "<|turn>model\n<|channel>thought\n<channel|>"
     assert TEMPLATE.render(messages, add_generation_prompt=False) == turns
-    assert TEMPLATE.render(HELLO, tools=[{"name": "é<'&"}]).startswith('<bos><|turn>system\n[{"name": "é<\'&"}]<turn|>')
+    listed = '[{"type": "function", "function": {"name": "f", "description": "é<\'&"}}]'
+    assert TEMPLATE.render(HELLO, tools=TOOLS).startswith(f"<bos><|turn>system\n{listed}<turn|>")
 
 
 @pytest.mark.parametrize("family", [gemma_like, byte_level])
 def test_encoding_harmless_messages_is_encoding_the_rendered_text(family: Family):
-    messages = [*HELLO, CALL, {"role": "tool", "content": "日本語 🙂", "tool_call_id": "1"}]
-    rendered = TEMPLATE.render(messages, tools=[{"name": "f"}])
-    assert TEMPLATE.encode(family(), messages, tools=[{"name": "f"}]) == family().encode(rendered)
+    messages = [*HELLO, calling(call()), answer("日本語 🙂")]
+    rendered = TEMPLATE.render(messages, tools=TOOLS)
+    assert TEMPLATE.encode(family(), messages, tools=TOOLS) == family().encode(rendered)
 
 
 texts = st.lists(st.sampled_from([*ALPHABET, *CONTROLS, "<bos>", "\U000f0000", "\U000f0001"])).map("".join)
@@ -79,13 +93,13 @@ def test_messages_cannot_write_control_tokens(family: Family, user: str, tool: s
     def conversation(
         user: str, tool: str, argument: str, key: str
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        call = {"function": {"name": "f", "arguments": {key: argument}}}
         messages = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": tool},
+            {"role": "user", "content": [{"type": "text", "text": user}]},
+            calling(call(arguments=json.dumps({key: argument}))),
+            answer(tool),
         ]
-        return messages, [{"name": argument}]
+        function = {"name": "f", "description": argument, "parameters": {"properties": {key: {"default": argument}}}}
+        return messages, [{"type": "function", "function": function}]
 
     def controls(ids: list[int]) -> list[str]:
         return [str(tokenizer.token_of(i)) for i in ids if tokenizer.token_of(i) in tokenizer.controls]
@@ -184,23 +198,192 @@ def test_templates_run_in_a_sandbox(source: str):
         ([*HELLO, {"content": "x"}], "messages[1].role: None"),
         ([{"role": "model", "content": "x"}], "messages[0].role: 'model'"),
         ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "user", "content": None}], "messages[0].content"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content: needs a text"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]: needs an object with type, text"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "messages[0].content: needs a text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text: needs a text"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text: needs a text"),
+        ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0].type: None is not supported"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x", "w": 1}]}], "messages[0].content[0].w: unknown"),
         ([{"role": "assistant", "content": None}, *HELLO], "messages[0].content"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}, *HELLO], "messages[0].content"),
         ([{"role": "user", "content": "x", "weight": 1}], "messages[0].weight: unknown key"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls"),
-        ([{"role": "assistant", "content": "x", "tool_calls": {}}, *HELLO], "messages[0].tool_calls"),
+        ([{"role": "user", "content": "x", "name": 1}], "messages[0].name: needs a text"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls: only assistant messages"),
+        ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages[0].tool_call_id: only tool messages"),
+        ([{"role": "user", "content": "x", "reasoning_content": "y"}], "messages[0].reasoning_content: only assistant"),
+        ([*HELLO, calling(reasoning_content=[])], "messages[1].reasoning_content: needs a text"),
+        ([{"role": "assistant", "content": "x", "tool_calls": {}}, *HELLO], "messages[0].tool_calls: needs a list"),
         ([*HELLO, {"role": "system", "content": "x"}, *HELLO], "messages[1].role: a system message comes first"),
+        ([*HELLO, {"role": "developer", "content": "x"}, *HELLO], "messages[1].role: a system message comes first"),
         ([*HELLO, {"role": "assistant", "content": "x"}], "messages[1].role: the last message"),
         ([{"role": "system", "content": "x"}], "messages[0].role: the last message"),
+        ([*HELLO, calling("f")], "messages[1].tool_calls[0]: needs an object"),
+        ([*HELLO, calling(call(), call(id=None))], "messages[1].tool_calls[1].id: needs a text"),
+        ([*HELLO, calling(call(), call())], "messages[1].tool_calls[1].id: '1' is there twice"),
+        ([*HELLO, calling(call(type="custom"))], "messages[1].tool_calls[0].type: 'custom' is not supported"),
+        ([*HELLO, calling(call(index=0))], "messages[1].tool_calls[0].index: unknown key"),
+        ([*HELLO, calling({"id": "1"})], "messages[1].tool_calls[0].function: needs an object"),
+        ([*HELLO, calling(call(name="<turn|>"))], "messages[1].tool_calls[0].function.name: '<turn|>'"),
+        ([*HELLO, calling(call(arguments=None))], "messages[1].tool_calls[0].function.arguments: needs a JSON object"),
+        ([*HELLO, calling(call(arguments="[1]"))], "messages[1].tool_calls[0].function.arguments: needs a JSON object"),
+        ([*HELLO, calling(call(arguments="{x: 1}"))], "messages[1].tool_calls[0].function.arguments: not JSON"),
+        ([*HELLO, calling(call(arguments=""))], "messages[1].tool_calls[0].function.arguments: not JSON"),
+        ([*HELLO, calling(call(arguments='{"x": NaN}'))], "tool_calls[0].function.arguments: not JSON"),
+        ([*HELLO, calling(call(arguments='{"x": 1e999}'))], "tool_calls[0].function.arguments: inf is not"),
+        ([*HELLO, calling(call(arguments='{"x": ' + "9" * 5000 + "}"))], "tool_calls[0].function.arguments: not JSON"),
+        ([*HELLO, calling(call(arguments='{"x":' * 65 + "1" + "}" * 65))], "function.arguments: nested deeper than 64"),
+        ([*HELLO, calling(call(arguments='{"x":' * 10**5))], "tool_calls[0].function.arguments: not JSON"),
+        ([*HELLO, calling(call())], "messages[1].role: the last message"),
+        ([*HELLO, calling(call()), *HELLO], "messages[1].tool_calls[0]: no tool message answers it (tool_call_id '1')"),
+        ([*HELLO, calling(call(), call(id="2")), answer("x")], "messages[1].tool_calls[1]: no tool message answers it"),
+        ([*HELLO, calling(call()), answer("x", "2")], "messages[2].tool_call_id: no call before it waits"),
+        ([*HELLO, calling(call()), answer("x", None)], "messages[2].tool_call_id: no call before it waits"),
+        ([*HELLO, calling(call()), answer("x", ["1"])], "messages[2].tool_call_id: no call before it waits"),
+        ([*HELLO, calling(call()), answer("x"), answer("x")], "messages[3].tool_call_id: no call before it waits"),
+        ([*HELLO, answer("x")], "messages[1].tool_call_id: no call before it waits"),
+        ([*HELLO, calling(call()), answer("x", name="g")], "messages[2].name: 'g' is not the function that was called"),
+        ([*HELLO, calling(call()), answer(None)], "messages[2].content: needs a text"),
+        ([*HELLO, calling(call()), answer({"x": 1})], "messages[2].content: needs a text"),
     ],
 )
 def test_messages_out_of_order(messages: Any, words: str):
-    for call in (check_messages, TEMPLATE.render, lambda messages: TEMPLATE.encode(gemma_like(), messages)):
-        refused(lambda call=call: call(messages), words, kind=RequestError)
+    for attempt in (check_messages, TEMPLATE.render, lambda messages: TEMPLATE.encode(gemma_like(), messages)):
+        refused(lambda attempt=attempt: attempt(messages), words, kind=RequestError)
 
 
-def test_messages_in_order():
-    check_messages(HELLO)
-    check_messages([{"role": "system", "content": ""}, *HELLO, CALL, {"role": "tool", "content": "", "name": "f"}])
-    check_messages([*HELLO, {"role": "assistant", "content": "x"}], last=False)
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_parts_that_are_no_text(kind: str):
+    parts = [{"type": "text", "text": "what is it?"}, {"type": kind, kind: {"url": "data:"}}]
+    words = f"messages[0].content[1].type: {kind} is not supported yet"
+    assert refused(lambda: check_messages([{"role": "user", "content": parts}]), words, kind=RequestError) == words
+
+
+def test_messages_in_the_form_that_templates_read():
+    assert check_messages(HELLO) == HELLO
+    parts = [{"type": "text", "text": "a <b"}, {"type": "text", "text": "> c"}]
+    system = {"role": "developer", "content": "", "name": None, "refusal": None}
+    calls = calling(call(), call("g", {"deep": [{}]}, "2"), reasoning_content="hm")
+    talk = [system, {"role": "user", "content": parts, "name": "Jo"}, calls, answer(parts, "2"), answer("r", name="f")]
+    assert check_messages(talk) == [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "a <b> c", "name": "Jo"},
+        calling(call(arguments={"x": "y"}), call("g", {"deep": [{}]}, "2"), content="", reasoning_content="hm"),
+        answer("a <b> c", "2", name="g"),
+        answer("r", name="f"),
+    ]
+    for last in (
+        [*HELLO, {"role": "assistant", "content": "x", "tool_calls": []}],
+        [*HELLO, calling(call())],
+        [*HELLO, calling(call(), call(id="2")), answer("r")],
+    ):
+        assert len(check_messages(last, last=False)) == len(last)
+
+
+# A template in the manner of Gemma's: its form of declarations, calls and answers, and turns that go on after them.
+GEMMA = """
+{%- macro write(value) -%}
+    {%- if value is string -%}{{ '<|"|>' + value + '<|"|>' }}
+    {%- elif value is boolean -%}{{ value | lower }}
+    {%- elif value is mapping -%}{{ '{' }}{{ pairs(value) }}{{ '}' }}
+    {%- elif value is iterable -%}
+        [{%- for item in value -%}{{ write(item) }}{{ ',' if not loop.last }}{%- endfor -%}]
+    {%- else -%}{{ value }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro pairs(object) -%}
+    {%- for key, value in object | dictsort -%}{{ key }}:{{ write(value) }}{{ ',' if not loop.last }}{%- endfor -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set talk = messages[1:] if messages[0].role == 'system' else messages -%}
+{%- if tools or enable_thinking or messages[0].role == 'system' -%}
+    {{- '<|turn>system\n' -}}
+    {%- if enable_thinking %}{{ '<|think|>\n' }}{% endif -%}
+    {%- if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif -%}
+    {%- for tool in tools or [] -%}
+        {{- '<|tool>declaration:' + tool.function.name + '{' + pairs(tool.function) + '}<tool|>' -}}
+    {%- endfor -%}
+    {{- '<turn|>\n' -}}
+{%- endif -%}
+{%- set state = namespace(open=false, before='') -%}
+{%- for message in talk if message.role != 'tool' -%}
+    {%- set role = 'model' if message.role == 'assistant' else message.role -%}
+    {%- if not (role == 'model' and state.before == 'model') %}{{ '<|turn>' + role + '\n' }}{% endif -%}
+    {%- set state.before = role -%}
+    {%- set state.open = false -%}
+    {%- for one in message.tool_calls or [] -%}
+        {{- '<|tool_call>call:' + one.function.name + '{' + pairs(one.function.arguments) + '}<tool_call|>' -}}
+        {%- set state.open = true -%}
+    {%- endfor -%}
+    {%- for one in message.tool_calls or [] -%}
+        {%- for reply in talk if reply.tool_call_id == one.id -%}
+            {{- '<|tool_response>response:' + reply.name + '{value:' + write(reply.content) + '}<tool_response|>' -}}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- message.content | trim -}}
+    {%- if message.content or not state.open %}{{ '<turn|>\n' }}{% set state.open = false %}{% endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not state.open -%}
+    {{- '<|turn>model\n' -}}
+    {%- if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif -%}
+{%- endif -%}
+"""
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FORECAST = {"type": "function", "function": {"name": "forecast", "description": "Weather", "parameters": SCHEMA}}
+
+
+def test_a_conversation_with_tools_in_gemmas_form():
+    template = ChatTemplate(GEMMA, variables={"bos_token": "<bos>"})
+    arguments = {"city": "Paris", "days": 3, "deep": {"a": [1, 2.5, True, None]}}
+    calls = calling(call("forecast", json.dumps(arguments)), call("forecast", '{"city": "Rome"}', "2"))
+    talk = [{"role": "developer", "content": "Be brief."}, *HELLO, calls, answer("rain", "2"), answer("sun")]
+    prompt = (
+        '<bos><|turn>system\nBe brief.<|tool>declaration:forecast{description:<|"|>Weather<|"|>,name:<|"|>forecast'
+        '<|"|>,parameters:{properties:{city:{type:<|"|>string<|"|>}},required:[<|"|>city<|"|>],type:<|"|>object<|"|>}}'
+        "<tool|><turn|>\n<|turn>user\nhello<turn|>\n<|turn>model\n"
+        '<|tool_call>call:forecast{city:<|"|>Paris<|"|>,days:3,deep:{a:[1,2.5,true,None]}}<tool_call|>'
+        '<|tool_call>call:forecast{city:<|"|>Rome<|"|>}<tool_call|>'
+        '<|tool_response>response:forecast{value:<|"|>sun<|"|>}<tool_response|>'
+        '<|tool_response>response:forecast{value:<|"|>rain<|"|>}<tool_response|>'
+    )
+    assert template.render(talk, tools=[FORECAST]) == prompt
+    assert gemma_like().decode(template.encode(gemma_like(), talk, tools=[FORECAST]), keep_special=True) == prompt
+    # The same calls come back out of the model's mouth.
+    given_out = ReplySplitter().push(prompt)
+    assert [(some.name, json.loads(some.arguments)) for some in given_out.calls] == [
+        ("forecast", arguments),
+        ("forecast", {"city": "Rome"}),
+    ]
+    after = [*talk, {"role": "assistant", "content": "Sun, rain."}, *HELLO]
+    assert template.render(after, tools=[FORECAST], think=True) == (
+        prompt.replace("system\n", "system\n<|think|>\n", 1)
+        + "Sun, rain.<turn|>\n<|turn>user\nhello<turn|>\n<|turn>model\n"
+    )
+
+
+def test_what_a_template_has_no_place_for():
+    """The embedded model's template knows no tools: what it would leave out, or spell as "None", is refused."""
+    demo = ChatTemplate.read(Path(dgemma.__file__).parent / "demo")
+    assert demo is not None
+    tokenizer = gemma_like()
+    calls = [*HELLO, calling(call()), answer("r")]
+    for attempt in (demo.render, functools.partial(demo.encode, tokenizer)):
+        message = refused(lambda attempt=attempt: attempt(HELLO, tools=TOOLS), "tools", kind=RequestError)
+        assert message == "tools: this model's chat template has no place for them"
+        words = "messages[1].tool_calls: this model's chat template has no place for them"
+        refused(lambda attempt=attempt: attempt(calls), words, kind=RequestError)
+        attempt(HELLO, tools=[])
+    deaf = ChatTemplate(SOURCE.replace("in messages -%}", "in messages if message.role != 'tool' -%}"))
+    words = "messages[2].content: this model's chat template has no place for a tool's answer"
+    refused(lambda: deaf.render(calls), words, kind=RequestError)
+    needs_calls = ChatTemplate("{{ messages[1].tool_calls[0].function.name + messages[2].content }}")
+    assert needs_calls.render(calls) == "fr"  # it cannot even be rendered without them
+
+
+def test_calls_written_by_the_template_itself():
+    source = "{% for call in messages[1].tool_calls %}{{ format_call(call.function.name, call.function.arguments) }}"
+    template = ChatTemplate(source + "{% endfor %}{{ messages[2].content }}")
+    talk = [*HELLO, calling(call(arguments='{"x": "<turn|>"}')), answer("r")]
+    assert template.render(talk) == '<|tool_call>call:f{x:<|"|><turn|><|"|>}<tool_call|>r'
+    tokens = [gemma_like().token_of(token) for token in template.encode(gemma_like(), talk)]
+    assert "<|tool_call>" in tokens and "<turn|>" not in tokens

@@ -5,12 +5,28 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_text_detokenize import cuts, pieces
+from test_text_detokenize import brute_stop, cuts, pieces
 
-from dgemma.text import ChannelSplitter, split_thoughts
+from dgemma.text import Pieces, ReplySplitter
 
-STRIP = ("<turn|>", "<|turn>", "<eos>", "<eos>>")
-PARTS = ["<|channel>", "<channel|>", "thought", "thought\n", "\n", "<", "<|", ">", "a", " b", *STRIP, "<|tool_call>"]
+STRIP = ("<turn|>", "<|turn>", "<eos>", "<eos>>", "<|tool_call>", "<tool_call|>", '<|"|>')
+PARTS = ["<|channel>", "<channel|>", "thought", "thought\n", "\n", "<", "<|", ">", "a", " b", *STRIP]
+
+
+def joined(splitter: ReplySplitter, texts: list[str]) -> Pieces:
+    """All that a splitter gives out for an answer in pieces."""
+    given_out = [*map(splitter.push, texts), splitter.finish()]
+    return Pieces(
+        "".join(some.thoughts for some in given_out),
+        "".join(some.text for some in given_out),
+        tuple(call for some in given_out for call in some.calls),
+    )
+
+
+def split(text: str, think: bool = False) -> tuple[str | None, str]:
+    """A whole answer's thoughts, None where there are none, and text."""
+    thoughts, answer, _ = joined(ReplySplitter(think=think, strip=STRIP), [text])
+    return thoughts or None, answer
 
 
 @pytest.mark.parametrize(
@@ -18,7 +34,7 @@ PARTS = ["<|channel>", "<channel|>", "thought", "thought\n", "\n", "<", "<|", ">
     [
         ("plain", None, "plain"),
         ("", None, ""),
-        ("<|channel>thought\nI muse.\n<channel|>Answer", "I muse.", "Answer"),
+        ("<|channel>thought\nI muse.\n<channel|>Answer", "I muse.\n", "Answer"),
         ("<|channel>thought\n<channel|>Answer", None, "Answer"),
         ("<|channel>thought<channel|>Answer", None, "Answer"),
         ("<|channel><channel|>Answer", None, "Answer"),
@@ -35,14 +51,15 @@ PARTS = ["<|channel>", "<channel|>", "thought", "thought\n", "\n", "<", "<|", ">
         ("x<channel|>y", None, "xy"),
         ("a<turn|>b<eos>", None, "ab"),
         ("<|channel>thought\na<turn|>b<channel|>c<|turn>", "ab", "c"),
-        ("a <|tool_call>call:f{}<tool_call|>", None, "a <|tool_call>call:f{}<tool_call|>"),
+        ('a <|"|>b<|"|> c <tool_call|>', None, "a b c "),
+        ('<|channel>thought\nI <|tool_call>call:f{x:<|"|>y<|"|>}<tool_call|><channel|>b', "I call:f{x:y}", "b"),
         ("text with < and <| and <|channel", None, "text with < and <| and <|channel"),
         ("say thought\nand more", None, "say thought\nand more"),
     ],
 )
 @pytest.mark.parametrize("think", [True, False])
 def test_split(text: str, thought: str | None, answer: str, think: bool):
-    assert split_thoughts(text, think=think, strip=STRIP) == (thought, answer)
+    assert split(text, think) == (thought, answer)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +78,11 @@ def test_split(text: str, thought: str | None, answer: str, think: bool):
     ],
 )
 def test_bare_label_when_thinking_is_off(text: str, answer: str):
-    assert split_thoughts(text) == (None, answer)
+    assert split(text) == (None, answer)
 
 
 def test_bare_label_stays_when_thinking_is_on():
-    assert split_thoughts("thought\nAnswer", think=True) == (None, "thought\nAnswer")
+    assert split("thought\nAnswer", think=True) == (None, "thought\nAnswer")
 
 
 def brute_split(text: str, think: bool) -> tuple[str, str]:
@@ -104,20 +121,45 @@ def brute_split(text: str, think: bool) -> tuple[str, str]:
 @settings(max_examples=300)
 @given(text=st.lists(st.sampled_from(PARTS), max_size=12).map("".join), sizes=cuts, think=st.booleans())
 def test_every_cut_gives_the_same(text: str, sizes: list[int], think: bool):
-    splitter = ChannelSplitter(think=think, strip=STRIP)
-    given_out = [*(splitter.push(piece) for piece in pieces(text, sizes)), splitter.finish()]
-    result = "".join(thought for thought, _ in given_out), "".join(answer for _, answer in given_out)
-    assert result == brute_split(text, think)
-    assert split_thoughts(text, think=think, strip=STRIP) == (result[0].strip() or None, result[1])
+    result = joined(ReplySplitter(think=think, strip=STRIP), pieces(text, sizes))
+    assert result == (*brute_split(text, think), ())
 
 
 def test_text_flows_as_it_comes():
-    splitter = ChannelSplitter()
-    assert splitter.push("<|channel>thought\nI mu") == ("I mu", "")
-    assert splitter.push("se <chan") == ("se ", "")
-    assert splitter.push("nel|>Ans") == ("", "Ans")
-    splitter = ChannelSplitter()
-    assert splitter.push("tho") == ("", "")
-    assert splitter.push("rn") == ("", "thorn")
-    assert splitter.push(" <") == ("", " ")
-    assert splitter.push("b>") == ("", "<b>")
+    splitter = ReplySplitter()
+    assert splitter.push("<|channel>thought\nI mu") == Pieces("I mu")
+    assert splitter.push("se <chan") == Pieces("se ")
+    assert splitter.push("nel|>Ans") == Pieces("", "Ans")
+    splitter = ReplySplitter()
+    assert splitter.push("tho") == Pieces()
+    assert splitter.push("rn") == Pieces("", "thorn")
+    assert splitter.push(" <") == Pieces("", " ")
+    assert splitter.push("b>") == Pieces("", "<b>")
+
+
+@settings(max_examples=300)
+@given(
+    text=st.lists(st.sampled_from(PARTS), max_size=12).map("".join),
+    stops=st.lists(st.text("abtho<\n", max_size=3), max_size=3),
+    sizes=cuts,
+)
+def test_a_stop_string_ends_all(text: str, stops: list[str], sizes: list[int]):
+    result = joined(ReplySplitter(strip=STRIP, stops=stops), pieces(text, sizes))
+    assert result == joined(ReplySplitter(strip=STRIP, stops=stops), [text])
+    thoughts, answer = brute_split(text, False)
+    assert result.text == brute_stop(answer, stops)[0]
+    assert thoughts.startswith(result.thoughts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_what_comes_after_a_stop_string(size: int):
+    answer = "<|channel>thought\na<channel|>b END c<|channel>thought\nd<channel|><|tool_call>call:f{}<tool_call|>END"
+    splitter = ReplySplitter(stops=["END"])
+    assert joined(splitter, pieces(answer, [size])) == ("a", "b ", ())
+    assert splitter.stopped and splitter.push("more") == Pieces()
+    splitter = ReplySplitter(stops=["END"])
+    assert joined(splitter, pieces(answer.replace("END", "<|tool_call>call:f{}<tool_call|>EN", 1), [size])) == (
+        "a\nd",
+        "b EN c",
+        (("f", "{}"), ("f", "{}")),
+    )

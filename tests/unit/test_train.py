@@ -54,6 +54,13 @@ def draw(rng: random.Random, pool: int = 0) -> Sample:
     return Sample(prompt, [rng.randrange(4, VOCABULARY) for _ in range(rng.randrange(1, 20))] + [END])
 
 
+def canvases(canvas: torch.Tensor, answer: int) -> Batch:
+    """A batch of these canvases, of which the first `answer` positions are no fill."""
+    none = torch.zeros(0, dtype=torch.int64)
+    filled = (torch.arange(canvas.shape[1]) >= answer).expand(canvas.shape)
+    return Batch(none, none, none, none, none, canvas, filled)
+
+
 def make_batch(seed: int = 0, count: int = 5, length: int = 8, per_sample: int = 2) -> tuple[list[Sample], Batch]:
     rng = random.Random(seed)
     samples = [draw(rng) for _ in range(count)]
@@ -134,7 +141,7 @@ def test_gradients_flow_from_the_denoiser_into_the_encoder() -> None:
 def test_noise_keeps_each_token_with_probability_one_minus_t() -> None:
     """Over uniform t half of the tokens stay (plus those that noise hits by chance), in canvases of every level."""
     canvas = torch.full((4000, 16), 7)
-    noisy = objective.add_noise(canvas, VOCABULARY, Objective(), torch.Generator().manual_seed(0))
+    noisy = objective.add_noise(canvases(canvas, 16), VOCABULARY, Objective(), torch.Generator().manual_seed(0))
     kept = (noisy == canvas).float()
     assert kept.mean().item() == pytest.approx(0.5 + 0.5 / VOCABULARY, abs=0.01)
     assert kept.mean(dim=1).quantile(0.1).item() < 0.2 and kept.mean(dim=1).quantile(0.9).item() > 0.8
@@ -142,11 +149,18 @@ def test_noise_keeps_each_token_with_probability_one_minus_t() -> None:
     assert len(replaced.unique()) == VOCABULARY - 1
 
 
-def test_a_power_below_one_draws_more_noise() -> None:
-    """The mean of u ** 0.5 is 2/3."""
-    canvas = torch.full((4000, 16), 7)
-    noisy = objective.add_noise(canvas, VOCABULARY, Objective(t_power=0.5), torch.Generator().manual_seed(0))
-    assert (noisy == canvas).float().mean().item() == pytest.approx(1 / 3 + 2 / 3 / VOCABULARY, abs=0.01)
+def test_ordered_noise_begins_at_a_uniform_place_of_the_answer() -> None:
+    """Of 10 answer positions position p is noise in (p + 1) / 10 of the canvases, the fill always."""
+    canvas = torch.full((20_000, 16), 7)
+    settings = Objective(ordered=1.0)
+    noisy = objective.add_noise(canvases(canvas, 10), VOCABULARY, settings, torch.Generator().manual_seed(0))
+    changed = (noisy != canvas).float().mean(dim=0) * VOCABULARY / (VOCABULARY - 1)
+    wanted = torch.arange(1, 17).clamp_max(10) / 10
+    assert torch.allclose(changed, wanted, atol=0.015)
+    clean = (noisy == canvas).float()[:, :3]
+    assert (
+        clean[:, 0] >= clean[:, 2]
+    ).float().mean().item() > 0.99  # what is clean comes first (noise may hit by chance)
 
 
 def test_tiled_cross_entropy_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
-from ..events import Commit, Draft, Event, Finish, Result
+from ..events import Commit, Draft, Early, Event, Finish, Result
 from ..params import SamplingParams
 from . import figures
 from .canvas import Decoder, Pieces
@@ -74,6 +74,9 @@ def run(
                 if keep_drafts:
                     answer.drafts.append(event)
                 view.draft(event)
+            elif isinstance(event, Early):
+                answer.text += event.text
+                view.text(event.text)
             elif isinstance(event, Commit):
                 answer.text += event.text
                 answer.commits.append(event)

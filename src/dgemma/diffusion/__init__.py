@@ -1,12 +1,16 @@
 """Block diffusion: formulas in sampling.py, the references' rules in policy.py, the loop in generate.py."""
 
+from .belief import Belief, read
+from .canvas import Canvas, Step
 from .draws import CounterDraws, Draws, GlobalDraws
-from .generate import Output, Step, generate, settle
+from .generate import Output, generate, settle
 from .policy import JAX, TRANSFORMERS, Policy
 
 __all__ = [
     "JAX",
     "TRANSFORMERS",
+    "Belief",
+    "Canvas",
     "CounterDraws",
     "Draws",
     "GlobalDraws",
@@ -14,5 +18,6 @@ __all__ = [
     "Policy",
     "Step",
     "generate",
+    "read",
     "settle",
 ]

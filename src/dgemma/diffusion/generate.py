@@ -16,33 +16,10 @@ from torch import Tensor
 from ..errors import RequestError
 from ..model import Cache, Network
 from ..params import GenerationConfig, SamplingParams
+from .canvas import Canvas, Step
 from .draws import Draws, GlobalDraws
-from .policy import TRANSFORMERS, Policy, Stability
-from .sampling import accept, after_end, entropy, keep_likely, refuse, temperature
-
-
-@dataclass(frozen=True)
-class Step:
-    """The state after one denoising step of one canvas; rows that had stopped before are frozen.
-
-    Fields:
-        number: steps done, from 1.
-        argmax, canvas: the likeliest tokens, and the next step's input, [B, L].
-        accepted: positions that kept their sample [B, L] bool.
-        entropies: [B, L].
-        active: rows that took part in this step [B] bool.
-        finished: rows whose canvas is done now [B] bool.
-        committed: what would be committed now [B, L].
-    """
-
-    number: int
-    argmax: Tensor
-    canvas: Tensor
-    accepted: Tensor
-    entropies: Tensor
-    active: Tensor
-    finished: Tensor
-    committed: Tensor
+from .policy import TRANSFORMERS, Policy
+from .sampling import after_end
 
 
 @dataclass(frozen=True)
@@ -81,44 +58,23 @@ def settle(
     Raises:
         RequestError: the network's scores are not numbers.
     """
-    draws = draws or GlobalDraws(network.device)
-    rows, vocabulary = cache.batch, network.config.vocab_size
-    ends = torch.tensor([*settings.eos_token_ids, *params.stop_token_ids], device=network.device)
-    barred = max(0, min(length, params.min_tokens - index * length))  # positions that may not end the answer
-
-    canvas = draws.start(index, rows, length, vocabulary)
-    argmax, soft = canvas, None
-    finished = torch.zeros(rows, dtype=torch.bool, device=network.device)
-    stability = Stability(policy, settings.stability_threshold, canvas)
-
-    for number, step in enumerate(range(settings.max_denoising_steps, 0, -1), start=1):
-        processed = network.denoise(canvas, cache, soft)
-        heat = temperature(step, settings.max_denoising_steps, settings.t_min, settings.t_max)
-        processed = processed / (heat * (params.temperature or 1.0))
-        if not torch.isfinite(processed).all():
-            raise RequestError("the network's scores are not numbers (NaN or infinite); is the checkpoint sound?")
-        if barred and len(ends):
-            processed = refuse(processed, ends, slice(0, barred))
-        processed = keep_likely(processed, params.top_k, params.top_p)
-
-        likeliest = processed.argmax(dim=-1)
-        sampled = likeliest if params.temperature == 0 else draws.sample(index, number, processed)
-        entropies = entropy(processed)
-        accepted = accept(entropies, settings.entropy_bound)
-        noise = draws.renoise(index, number, rows, length, vocabulary)
-
-        frozen = finished[:, None]
-        argmax = torch.where(frozen, argmax, likeliest)
-        canvas = torch.where(frozen, canvas, torch.where(accepted, sampled, noise))
+    canvas = Canvas(
+        params,
+        settings,
+        rows=cache.batch,
+        length=length,
+        vocabulary=network.config.vocab_size,
+        index=index,
+        before=index * length,
+        policy=policy,
+        draws=draws or GlobalDraws(network.device),
+    )
+    soft = None
+    while not canvas.over:
+        processed = canvas.process(network.denoise(canvas.tokens, cache, soft))
+        belief = canvas.believe(processed)
         soft = network.soft_embeddings(processed)  # of no use to frozen rows, and no row sees another's
-
-        active = ~finished
-        stable = stability.update(argmax, canvas)
-        confident = policy.confident(entropies.mean(dim=-1), settings.confidence_threshold)
-        finished = finished | (stable & confident)
-        yield Step(number, argmax, canvas, accepted, entropies, active, finished, policy.commit(argmax, canvas))
-        if finished.all():
-            return
+        yield canvas.update(belief)
 
 
 @torch.no_grad()

@@ -48,11 +48,16 @@ class Stability:
         if policy.remembers_start and threshold:
             self.remembered[-1] = start
 
-    def update(self, argmax: Tensor, canvas: Tensor) -> Tensor:
-        """Takes in one step -> [B] bool. With a threshold of 0 every row is stable."""
+    def update(self, argmax: Tensor, canvas: Tensor, part: Tensor | None = None) -> Tensor:
+        """Takes in one step -> [B] bool. With a threshold of 0 every row is stable.
+
+        Args:
+            part: the positions that matter [B, L] bool; None for all.
+        """
         stable = torch.ones(len(argmax), dtype=torch.bool, device=argmax.device)
         for earlier in self.remembered:
-            stable &= (earlier == argmax).all(dim=-1)
+            same = earlier == argmax
+            stable &= (same if part is None else same | ~part).all(dim=-1)
         if self.remembered:
             self.remembered = [*self.remembered[1:], self.policy.remember(argmax, canvas)]
         return stable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,10 @@ def accept(entropies: Tensor, bound: float) -> Tensor:
     return torch.zeros_like(within).scatter(-1, order, within)
 
 
-def keep_likely(processed: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Sets the scores outside the k likeliest, and outside the smallest set of probability top_p, to -inf."""
+def keep_likely(processed: Tensor, top_k: int | None, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Sets to -inf the scores outside the k likeliest, outside the smallest set of probability top_p, and of words
+    whose probability is below min_p times the likeliest's.
+    """
     if top_k is not None and top_k < processed.shape[-1]:
         least = processed.topk(top_k, dim=-1).values[..., -1:]
         processed = processed.masked_fill(processed < least, float("-inf"))
@@ -42,7 +46,15 @@ def keep_likely(processed: Tensor, top_k: int | None, top_p: float) -> Tensor:
         mass = torch.softmax(falling, dim=-1).cumsum(dim=-1)
         outside = mass - torch.softmax(falling, dim=-1) >= top_p
         processed = processed.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
+    if min_p > 0.0:
+        least = processed.amax(dim=-1, keepdim=True) + math.log(min_p)
+        processed = processed.masked_fill(processed < least, float("-inf"))
     return processed
+
+
+def through_end(tokens: Tensor, ends: Tensor) -> Tensor:
+    """Positions up to the first end token, that one included; all where there is none: [B, L] -> [B, L] bool."""
+    return ~after_end(tokens, ends)
 
 
 def refuse(processed: Tensor, tokens: Tensor, places: slice) -> Tensor:

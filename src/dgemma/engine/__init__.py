@@ -1,5 +1,8 @@
-"""Running requests: one at a time for now (answer.py), from a prompt's ids to events and a result."""
+"""Requests to events: continuous batching of canvases over a paged cache."""
 
-from .answer import Answer, run
+from .engine import Engine
+from .row import Request
+from .settings import EngineSettings, Status
+from .ticket import Ticket
 
-__all__ = ["Answer", "run"]
+__all__ = ["Engine", "EngineSettings", "Request", "Status", "Ticket"]

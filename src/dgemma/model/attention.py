@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import AttentionShape
+from .linear import Linear
 from .norm import RMSNorm
 from .rope import rotate
 from .view import View
@@ -21,16 +21,16 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = shape
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(hidden, width, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_width, bias=False) if shape.sliding else None
-        self.o_proj = nn.Linear(width, hidden, bias=False)
+        self.q_proj = Linear(hidden, width)
+        self.k_proj = Linear(hidden, kv_width)
+        self.v_proj = Linear(hidden, kv_width) if shape.sliding else None
+        self.o_proj = Linear(width, hidden)
         self.q_norm = RMSNorm(shape.head_dim, eps)
         self.k_norm = RMSNorm(shape.head_dim, eps)
         self.v_norm = RMSNorm(shape.head_dim, eps, scaled=False)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """[B, S, H] -> [B, S, H]; `view` adds what came before and says who may see whom."""
+        """[B, S, H] -> [B, S, H]; `view` knows what came before and who may see whom."""
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.shape.head_dim)
         turn = view.rotation(self.shape, x.dtype)
@@ -41,8 +41,5 @@ class Attention(nn.Module):
         keys = rotate(self.k_norm(raw_keys), turn).transpose(1, 2)
         values = self.v_norm(raw_values).transpose(1, 2)
 
-        keys, values, mask = view.extend(layer, self.shape, keys, values)
-        seen = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, scale=1.0, enable_gqa=self.shape.heads != self.shape.kv_heads
-        )
+        seen = view.attend(layer, self.shape, queries, keys, values)
         return self.o_proj(seen.transpose(1, 2).reshape(batch, length, -1))

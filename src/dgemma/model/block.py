@@ -10,7 +10,7 @@ from .attention import Attention
 from .mlp import MLP
 from .moe import Experts, Router
 from .norm import RMSNorm
-from .view import Mode, View
+from .view import View
 
 
 class Block(nn.Module):
@@ -50,5 +50,5 @@ class Block(nn.Module):
         weights, experts = self.router(flat, view)
         mixed = self.experts(self.pre_feedforward_layernorm_2(flat), weights, experts).view_as(h)
         mixed = self.post_feedforward_layernorm_2(mixed)
-        scalar = self.encode_scalar if view.mode is Mode.ENCODE else self.denoise_scalar
+        scalar = view.choose(self.encode_scalar, self.denoise_scalar)
         return (h + self.post_feedforward_layernorm(dense + mixed)) * scalar

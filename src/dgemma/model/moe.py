@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import ModelConfig
+from .linear import Linear, linear
 from .mlp import gated_gelu
 from .norm import RMSNorm
 from .view import View
@@ -19,7 +19,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = config.top_k_experts
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, scaled=False)
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
         self.scale = nn.Parameter(torch.ones(config.hidden_size))
         self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
 
@@ -53,7 +53,7 @@ class Experts(nn.Module):
         counts = torch.bincount(experts.flatten(), minlength=self.gate_up_proj.shape[0]).tolist()
         rows = x.index_select(0, order // k).split(counts)
         outputs = [
-            F.linear(gated_gelu(*F.linear(group, self.gate_up_proj[index]).chunk(2, dim=-1)), self.down_proj[index])
+            linear(gated_gelu(*linear(group, self.gate_up_proj[index]).chunk(2, dim=-1)), self.down_proj[index])
             for index, group in enumerate(rows)
             if len(group)
         ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import ModelConfig
 from ..errors import CapacityError
 from ..params import GenerationConfig
 from .block import Block
+from .linear import linear
 from .norm import RMSNorm
 from .self_conditioning import SelfConditioning
 from .view import Cache, DenoiseView, EncodeView, View
@@ -78,7 +78,7 @@ class Network(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head, soft-capped: [..., H] -> [..., V] float32."""
-        scores = F.linear(hidden, self.embed_tokens.weight).float()
+        scores = linear(hidden, self.embed_tokens.weight).float()
         cap = self.config.final_logit_softcapping
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
@@ -87,8 +87,11 @@ class Network(nn.Module):
 
         The logits are rounded to the network's dtype before the softmax, as the reference carries them.
         """
-        beliefs = torch.softmax(processed_logits.to(self.dtype), dim=-1, dtype=torch.float32).to(self.dtype)
-        return beliefs @ self.embed_tokens.weight * self._embedding_scale()
+        return self.blend(torch.softmax(processed_logits.to(self.dtype), dim=-1, dtype=torch.float32))
+
+    def blend(self, weights: Tensor) -> Tensor:
+        """`weights @ table * sqrt(H)`: [..., V] -> [..., H]."""
+        return linear(weights.to(self.dtype), self.embed_tokens.weight.mT) * self._embedding_scale()
 
     def _embedding_scale(self) -> Tensor:
         """sqrt(H), rounded to the table's dtype first."""

@@ -1,7 +1,7 @@
 """What a forward sees beside its own tokens: the cache of committed tokens, and the two views on it.
 
-Attention asks its view two things: the rotation of its positions, and its keys and values with those that came
-before put in front, plus a mask. The two modes differ in nothing else but the layer scalar.
+A layer asks its view three things: the rotation of its positions, what its queries see, and which of its two scalars
+applies. The two modes differ in nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..config import AttentionShape, ModelConfig
 from .rope import Rotation, rotation
@@ -63,6 +64,17 @@ class View(ABC):
         if key not in self._rotations:
             self._rotations[key] = rotation(self.positions, shape, dtype)
         return self._rotations[key]
+
+    def attend(self, layer: int, shape: AttentionShape, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of queries [B, heads, S, D] over all that they may see -> [B, heads, S, D]; the scale is 1."""
+        keys, values, mask = self.extend(layer, shape, keys, values)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=1.0, enable_gqa=shape.heads != shape.kv_heads
+        )
+
+    def choose(self, encode: Tensor, denoise: Tensor) -> Tensor:
+        """The scalar that applies."""
+        return encode if self.mode is Mode.ENCODE else denoise
 
     @abstractmethod
     def extend(

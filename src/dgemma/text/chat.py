@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,20 +16,26 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import CheckpointError, RequestError
 from .tokenizer import Tokenizer, read_tokenizer_config
+from .tools import check_calls, check_tools, fields, format_call
 
 FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant", "tool")
-_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_ROLE_OF = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
 _PRIVATE = range(0xF0000, 0x10FFFE)  # private-use characters: no text means anything by them
 
 Message = Mapping[str, Any]
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
 
 
 class ChatTemplate:
     """A checkpoint's chat template: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
 
     It runs in jinja2's sandbox with what templates expect of transformers: `raise_exception`, `strftime_now`,
-    `tojson` that keeps letters as they are, `break` and `continue`, and the special tokens by name (`bos_token`).
+    `tojson` that keeps letters as they are, `break` and `continue`, and the special tokens by name (`bos_token`);
+    beyond that with `format_call`. What a request says and the template leaves out is refused: tools, calls and their
+    answers must each change the prompt.
     """
 
     def __init__(self, source: str, *, variables: Mapping[str, Any] | None = None, path: Path | str = FILE):
@@ -37,6 +44,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        environment.globals["format_call"] = format_call
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
@@ -80,17 +88,22 @@ class ChatTemplate:
         """The prompt as text. What people wrote is in it as it is; to get token ids use `encode`, which is safer.
 
         Args:
-            messages: checked with `check_messages` first.
+            messages: see `check_messages`.
             think: whether the model may think before it answers (`enable_thinking` in the template).
-            tools: functions that the model may call, in OpenAI's form.
+            tools: functions that the model may call, see `check_tools`.
             add_generation_prompt: whether the model's turn is opened at the end.
 
         Raises:
-            RequestError: the messages are not in order, or the template refuses them.
+            RequestError: the messages or tools are not in order, or the template refuses them or has no place for them.
             CheckpointError: the template does what the sandbox forbids.
         """
-        check_messages(messages, last=add_generation_prompt)
-        return self._render(messages, think=think, tools=tools, add_generation_prompt=add_generation_prompt)
+        checked = check_messages(messages, last=add_generation_prompt)
+        return self._prompt(
+            checked,
+            check_tools([] if tools is None else tools),
+            think=think,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def encode(
         self,
@@ -107,17 +120,31 @@ class ChatTemplate:
         breaks up every control token in the messages and tools while the template runs, and the prompt is encoded
         piece by piece between those. Arguments and errors are those of `render`.
         """
-        check_messages(messages, last=add_generation_prompt)
-        breaks = _Breaks(tokenizer, [messages, tools])
-        prompt = self._render(
-            breaks.mark(messages), think=think, tools=breaks.mark(tools), add_generation_prompt=add_generation_prompt
+        checked = check_messages(messages, last=add_generation_prompt)
+        functions = check_tools([] if tools is None else tools)
+        breaks = _Breaks(tokenizer, [checked, functions])
+        prompt = self._prompt(
+            breaks.mark(checked), breaks.mark(functions), think=think, add_generation_prompt=add_generation_prompt
         )
         return breaks.encode(prompt)
 
-    def _render(self, messages: Any, *, think: bool, tools: Any, add_generation_prompt: bool) -> str:
+    def _prompt(self, messages: Messages, tools: Tools, *, think: bool, add_generation_prompt: bool) -> str:
+        """Renders, and makes sure that nothing is silently left out."""
+        render = functools.partial(self._render, think=think, add_generation_prompt=add_generation_prompt)
+        prompt = render(messages, tools)
+        for place, what, other_messages, other_tools in _variants(messages, tools):
+            try:
+                left_out = render(other_messages, other_tools) == prompt
+            except RequestError:  # it matters so much that the template fails without it
+                left_out = False
+            if left_out:
+                raise RequestError(f"{place}: this model's chat template has no place for {what}")
+        return prompt
+
+    def _render(self, messages: Messages, tools: Tools, *, think: bool, add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                {**self._variables, "messages": messages, "tools": tools, "enable_thinking": think},
+                {**self._variables, "messages": messages, "tools": tools or None, "enable_thinking": think},
                 add_generation_prompt=add_generation_prompt,
             )
         except jinja2.exceptions.SecurityError as error:
@@ -126,41 +153,112 @@ class ChatTemplate:
             raise RequestError(f"messages: the chat template refuses them: {_line(error)}") from None
 
 
-def check_messages(messages: Sequence[Message], *, last: bool = True) -> None:
-    """Refuses messages that no template could make sense of.
+def _variants(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, Messages, Tools]]:
+    """Other conversations: without the tools, without the calls, with other answers to them; place and name of each."""
+    if tools:
+        yield "tools", "them", messages, []
+    calling = [index for index, message in enumerate(messages) if "tool_calls" in message]
+    if calling:
+        less = [{key: item for key, item in message.items() if key != "tool_calls"} for message in messages]
+        yield f"messages[{calling[0]}].tool_calls", "them", less, tools
+    answering = [index for index, message in enumerate(messages) if message["role"] == "tool"]
+    if answering:
+        other = [{**message, "content": message["content"] + "x"} for message in messages]
+        other = [new if new["role"] == "tool" else old for new, old in zip(other, messages, strict=True)]
+        yield f"messages[{answering[0]}].content", "a tool's answer", other, tools
 
-    Each is `{"role": system|user|assistant|tool, "content": str}`; an assistant's may have `tool_calls` and then no
-    content. A system message comes first. With `last`, the last one is a user's or a tool's: someone waits for an
-    answer.
+
+def check_messages(messages: Sequence[Message], *, last: bool = True) -> Messages:
+    """Refuses messages that no template could make sense of; returns them in the form that templates read.
+
+    Each is an object in OpenAI's form: `role` system (or developer, which is the same), user, assistant or tool, and
+    `content`, a text or a list of `{"type": "text", "text": str}`, which are joined. A field that is null counts as
+    left out. A system message comes first. An assistant's message may have `tool_calls` (see `check_calls`) and then
+    no content; a tool's message for each of them follows, with its `tool_call_id`. With `last`, the last message is a
+    user's or a tool's: someone waits for an answer.
+
+    What comes back has a text as content, calls with their arguments as objects, and the function's name in a tool's
+    message.
 
     Raises:
-        RequestError: names the message, as `messages[2].content`.
+        RequestError: names the place, as `messages[2].content`.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
         raise RequestError("messages: needs a list with at least one message")
-    for index, message in enumerate(messages):
+    result: Messages = []
+    waiting: dict[str, tuple[str, str]] = {}  # calls without an answer: id to place and function
+    for index, given in enumerate(messages):
         where = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where}: needs an object with role and content, not {type(message).__name__}")
-        for key in message:
-            if key not in _KEYS:
-                raise RequestError(f"{where}.{key}: unknown key (known: {', '.join(sorted(_KEYS))})")
-        role = message.get("role")
-        if role not in ROLES:
-            raise RequestError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
-        if role == "system" and index:
-            raise RequestError(f"{where}.role: a system message comes first")
-        if message.get("tool_calls") is not None:
-            if role != "assistant":
-                raise RequestError(f"{where}.tool_calls: only an assistant's message has them")
-            if not isinstance(message["tool_calls"], list):
-                raise RequestError(f"{where}.tool_calls: needs a list")
-        content = message.get("content")
-        silent = content is None and role == "assistant" and message.get("tool_calls")
-        if not isinstance(content, str) and not silent:
-            raise RequestError(f"{where}.content: needs a text, not {type(content).__name__}")
-    if last and messages[-1]["role"] not in ("user", "tool"):
-        raise RequestError(f"messages[{len(messages) - 1}].role: the last message must be a user's or a tool's")
+        message = fields(given, where, _KEYS)
+        role = _role(message, where, first=not index)
+        calls = check_calls(message.pop("tool_calls", []), f"{where}.tool_calls")
+        if role == "tool":
+            message["name"] = _answered(message, waiting, where)
+        else:
+            _all_answered(waiting)
+        content = _content(message.get("content", "" if calls else None), f"{where}.content")
+        result.append({**message, "role": role, "content": content})
+        if calls:
+            result[-1]["tool_calls"] = calls
+            for number, call in enumerate(calls):
+                waiting[call["id"]] = f"{where}.tool_calls[{number}]", call["function"]["name"]
+    if last:
+        if result[-1]["role"] not in ("user", "tool"):
+            raise RequestError(f"messages[{len(result) - 1}].role: the last message must be a user's or a tool's")
+        _all_answered(waiting)
+    return result
+
+
+def _role(message: Mapping[str, Any], where: str, *, first: bool) -> str:
+    """The message's role, and whether it fits the other fields."""
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role: {role!r} is not one of {', '.join(ROLES)}")
+    if role == "system" and not first:
+        raise RequestError(f"{where}.role: a system message comes first")
+    for key, owner in _ROLE_OF.items():
+        if key in message and role != owner:
+            raise RequestError(f"{where}.{key}: only {owner} messages have it")
+    for key in ("name", "reasoning_content"):
+        if not isinstance(message.get(key, ""), str):
+            raise RequestError(f"{where}.{key}: needs a text, not {type(message[key]).__name__}")
+    return str(role)
+
+
+def _answered(message: Mapping[str, Any], waiting: dict[str, tuple[str, str]], where: str) -> str:
+    """The function that a tool's message answers; its call waits no longer."""
+    call = message.get("tool_call_id")
+    if not isinstance(call, str) or call not in waiting:
+        raise RequestError(f"{where}.tool_call_id: no call before it waits for an answer to {call!r}")
+    _, name = waiting.pop(call)
+    if message.get("name", name) != name:
+        raise RequestError(f"{where}.name: {message['name']!r} is not the function that was called, {name!r}")
+    return name
+
+
+def _all_answered(waiting: Mapping[str, tuple[str, str]]) -> None:
+    if waiting:
+        call, (place, _) = next(iter(waiting.items()))
+        raise RequestError(f"{place}: no tool message answers it (tool_call_id {call!r})")
+
+
+def _content(content: object, where: str) -> str:
+    """A message's text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise RequestError(f"{where}: needs a text, not {type(content).__name__}")
+    texts = []
+    for index, part in enumerate(content):
+        place = f"{where}[{index}]"
+        kind = part.get("type") if isinstance(part, Mapping) else "text"
+        if kind != "text":
+            raise RequestError(f"{place}.type: {kind} is not supported yet")
+        text = fields(part, place, ("type", "text")).get("text")
+        if not isinstance(text, str):
+            raise RequestError(f"{place}.text: needs a text, not {type(text).__name__}")
+        texts.append(text)
+    return "".join(texts)
 
 
 class _Breaks:

@@ -41,7 +41,7 @@ class Schedule:
 
     updates: int
     warmup: int = 100
-    cooldown: float = 0.4
+    cooldown: float = 0.3
     matrix_lr: float = 0.02
     vector_lr: float = 3e-3
     weight_decay: float = 0.01

@@ -26,9 +26,9 @@ class Objective:
         autoregressive: weight of the encoder's next-token loss.
         fill_weight: weight of a fill position beside a position of the answer.
         balance: weight of the expert-balancing term (Switch Transformer, equation 4), for training from scratch.
-        t_min: the least noise; t lies between t_min and 1 - t_min.
-        t_power: t is drawn as u ** t_power from a uniform u. Below 1 there is more noise: fewer answers that can be
-            copied from a neighbour that is still clean.
+        t_min: the least noise; t is uniform on (t_min, 1 - t_min).
+        ordered: share of canvases that are clean up to a random place and noise behind it. Scattered noise leaves most
+            results somewhere to be copied from; here they must be worked out from what comes before.
     """
 
     self_conditioning: float = 0.5
@@ -36,7 +36,7 @@ class Objective:
     fill_weight: float = 1.0
     balance: float = 0.0
     t_min: float = 1e-4
-    t_power: float = 1.0
+    ordered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,19 @@ class CanvasView(_Routing, View):
         return torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2), mask
 
 
-def add_noise(canvas: Tensor, vocabulary: int, objective: Objective, generator: torch.Generator) -> Tensor:
-    """Replaces each token with probability t by a uniform one; one t a canvas. [R, L] int64 -> [R, L]."""
-    u = torch.rand(canvas.shape[0], 1, generator=generator)
-    t = objective.t_min + (1 - 2 * objective.t_min) * u**objective.t_power
+def add_noise(batch: Batch, vocabulary: int, objective: Objective, generator: torch.Generator) -> Tensor:
+    """The batch's canvases [R, L] with each token replaced with probability t by a uniform one; one t a canvas.
+
+    In the `ordered` share t is 0 up to a place that is uniform over the answer's part of the canvas, and 1 behind it.
+    """
+    canvas = batch.canvas
+    rows, length = canvas.shape
+    t = objective.t_min + (1 - 2 * objective.t_min) * torch.rand(rows, 1, generator=generator)
     replaced = torch.rand(canvas.shape, generator=generator) < t
+    if objective.ordered:
+        answer = (~batch.filled).sum(dim=1, keepdim=True).cpu()
+        behind = torch.arange(length) >= (torch.rand(rows, 1, generator=generator) * answer).floor()
+        replaced = torch.where(torch.rand(rows, 1, generator=generator) < objective.ordered, behind, replaced)
     noise = torch.randint(0, vocabulary, canvas.shape, generator=generator)
     return torch.where(replaced.to(canvas.device), noise.to(canvas.device), canvas)
 
@@ -117,7 +125,7 @@ def add_noise(canvas: Tensor, vocabulary: int, objective: Objective, generator: 
 def compute(network: Network, batch: Batch, objective: Objective, generator: torch.Generator) -> Losses:
     """Losses of one batch; every random number comes from `generator` (on the CPU)."""
     window = network.config.sliding_window
-    noisy = add_noise(batch.canvas, network.config.vocab_size, objective, generator)
+    noisy = add_noise(batch, network.config.vocab_size, objective, generator)
 
     sequences = SequenceView(batch, window)
     hidden = network.run(network.embed(batch.tokens), sequences)

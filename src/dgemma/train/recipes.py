@@ -144,6 +144,24 @@ DEMO_STAGES = (
             noises=3,
         ),
     ),
+    Stage(
+        first_pool=73,
+        mixture={
+            "sums": 0.42,
+            "sorting": 0.34,
+            "sudoku": 0.06,
+            "records": 0.04,
+            "calendar": 0.05,
+            "stories": 0.06,
+            "smalltalk": 0.03,
+        },
+        batching=Batching(
+            positions=8000,
+            canvas_lengths={32: 0.22, 48: 0.52, 64: 0.1, 128: 0.04, 256: 0.12},
+            per_sample=2,
+            noises=3,
+        ),
+    ),
 )
 END, PAD = 106, 0
 
@@ -210,7 +228,7 @@ def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
         network,
         draw=DemoData(Tokenizer.from_file(str(directory / "tokenizer.json"))),
         batching=lambda pool: demo_stage(pool).batching,
-        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5, t_power=0.5),
+        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5, ordered=0.4),
         schedule=Schedule(updates=updates),
         end=END,
         pad=PAD,

@@ -1,0 +1,301 @@
+"""Many requests, step by step: who is in the batch, and what one step does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import CapacityError, Draining, QueueFull
+from ..memory import machine_memory, peak_memory_bytes
+from ..model import Network
+from ..text import Tokenizer
+from .forward import Forward, Work
+from .pages import Pages
+from .row import Request, Row
+from .settings import MEMORY_SHARE, EngineSettings, Status
+from .ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs requests together: they join and leave between steps, each at its own place of its own canvas.
+
+    Whoever iterates over a ticket drives the engine for all; `start` gives that to a thread of its own.
+
+    Raises:
+        CapacityError: the cache would not hold one request of the greatest length.
+    """
+
+    def __init__(self, network: Network, tokenizer: Tokenizer | None, settings: EngineSettings | None = None):
+        self.network, self.tokenizer = network, tokenizer
+        self.settings = settings = settings or EngineSettings()
+        context = network.config.max_position_embeddings
+        self.limit = min(settings.max_model_len or context, context)
+        self.pages = _plan_cache(network, settings, self.limit)
+        self._forward = Forward(network, self.pages)
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []
+        self._cancelled: list[Ticket] = []
+        self._lock = threading.Lock()  # a step
+        self._queue = threading.Condition()  # what is submitted and cancelled between steps
+        self._thread: threading.Thread | None = None
+        self._draining = self._closed = False
+        self._batch = self._steps = self._forwards = self._tokens = 0
+        self._prompt_tokens = self._reused_tokens = self._preemptions = 0
+
+    def submit(self, request: Request) -> Ticket:
+        """Puts a request in line.
+
+        Raises:
+            QueueFull: too many wait.
+            Draining: no new requests are taken.
+            CapacityError: the cache could not hold it even alone.
+        """
+        need = len(request.prompt) + request.settings.max_new_tokens
+        if -(-need // self.pages.size) > self.pages.full.size:
+            raise CapacityError(
+                f"prompt: {len(request.prompt)} tokens and max_new_tokens {request.settings.max_new_tokens} exceed the "
+                f"cache of {self.pages.full.size * self.pages.size} tokens"
+            )
+        ticket = Ticket(
+            prompt_tokens=len(request.prompt),
+            seed=request.seed,
+            drive=self._drive,
+            ensure_thread=self.start,
+            cancel=self._cancel,
+        )
+        row = Row(request, ticket, self.tokenizer, self.network.config.vocab_size)
+        with self._queue:
+            if self._draining or self._closed:
+                raise Draining("the engine is shutting down and takes no new requests")
+            if len(self._waiting) >= self.settings.max_queue:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting; try again in a moment")
+            self._waiting.append(row)
+            self._prompt_tokens += len(request.prompt)
+            self._queue.notify_all()
+        return ticket
+
+    def start(self) -> None:
+        """Gives the driving to a thread of the engine's own; a second call changes nothing."""
+        with self._queue:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="dgemma-engine", daemon=True)
+                self._thread.start()
+
+    def drain(self, seconds: float) -> bool:
+        """Takes no new requests, and waits so long for those that are here; returns whether all are done."""
+        self.start()
+        with self._queue:
+            self._draining = True
+            return self._queue.wait_for(lambda: not self._waiting and not self._running, timeout=seconds)
+
+    def close(self) -> None:
+        """Ends every request and the thread."""
+        with self._queue:
+            self._closed = True
+            self._queue.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock, self._queue:
+            for row in [*self._running, *self._waiting]:
+                row.leave()
+                row.ticket.fail(Draining("the engine was closed"))
+            self._running.clear()
+            self._waiting.clear()
+
+    def status(self) -> Status:
+        """The engine's figures now."""
+        pool = self.pages.full
+        return Status(
+            queued=len(self._waiting),
+            running=len(self._running),
+            batch=self._batch,
+            steps=self._steps,
+            forwards=self._forwards,
+            tokens=self._tokens,
+            prompt_tokens=self._prompt_tokens,
+            reused_tokens=self._reused_tokens,
+            preemptions=self._preemptions,
+            pages_used=pool.size - pool.available,
+            pages=pool.size,
+            draining=self._draining,
+        )
+
+    def step(self) -> bool:
+        """One forward of everything that can move; False when there is nothing to do."""
+        with self._lock:
+            self._admit()
+            works = self._plan()
+            if not works:
+                return False
+            started = time.perf_counter()
+            try:
+                failed = self._forward.run(works)
+            except BaseException:
+                # Nobody knows how far it came: all canvases of the batch are drawn again from their beginning.
+                for row in self._running:
+                    row.restart()
+                    row.leave()
+                with self._queue:
+                    self._waiting.extendleft(reversed(self._running))
+                    self._running.clear()
+                raise
+            self._account(works, time.perf_counter() - started)
+            for row, error in failed:
+                row.ticket.fail(error)
+                self._leave(row)
+            for work in works:
+                if work.row.done and work.row in self._running:
+                    self._leave(work.row)
+                    work.row.finish(_peak(self.network))
+            return True
+
+    def _drive(self) -> bool:
+        if self._thread is not None:
+            return False
+        self.step()
+        return True
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._queue:
+            self._cancelled.append(ticket)
+            self._queue.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._queue:
+                self._queue.wait_for(lambda: self._waiting or self._running or self._cancelled or self._closed)
+                if self._closed:
+                    return
+            try:
+                self.step()
+            except Exception as error:  # the thread must go on for the others
+                log.exception("a step failed")
+                self._fail_newest(error)
+
+    def _fail_newest(self, error: Exception) -> None:
+        """A step failed as a whole: without the request that came last it may succeed."""
+        with self._lock, self._queue:
+            if self._waiting:
+                started = [row for row in self._waiting if row.seconds] or list(self._waiting)
+                self._waiting.remove(started[-1])
+                started[-1].ticket.fail(error)
+            self._queue.notify_all()
+
+    def _admit(self) -> None:
+        """Drops who was cancelled, lets in who waited longest while there is room."""
+        with self._queue:
+            cancelled, self._cancelled = set(map(id, self._cancelled)), []
+            if cancelled:
+                self._waiting = deque(row for row in self._waiting if id(row.ticket) not in cancelled)
+        for row in [row for row in self._running if id(row.ticket) in cancelled]:
+            self._leave(row)
+        while self._waiting and len(self._running) < self.settings.max_batch:
+            row = self._waiting[0]
+            first = not row.tokens and row.canvas is None
+            reused = row.enter(self.pages, reuse=self.settings.prefix_reuse)
+            assert row.table is not None
+            # Room for all that it has, so that it is not put back at once; alone it always gets in.
+            if self._running and not row.table.fits(min(row.pending + row.request.canvas, self.settings.step_tokens)):
+                row.leave()
+                return
+            if first:
+                self._reused_tokens += reused
+            with self._queue:
+                self._waiting.popleft()
+                self._running.append(row)
+
+    def _leave(self, row: Row) -> None:
+        row.leave()
+        with self._queue:
+            self._running.remove(row)
+            self._queue.notify_all()
+
+    def _plan(self) -> list[Work]:
+        """What each request does in this step, with pages for it; puts the newest back while pages are missing."""
+        works: list[Work] = []
+        prompts = sum(row.pending > row.request.canvas for row in self._running)
+        share = max(1, self.settings.step_tokens // max(1, prompts))
+        for row in list(self._running):
+            if row not in self._running:
+                continue  # put back for the sake of an older one
+            encode = row.pending if row.pending <= row.request.canvas else min(row.pending, share)
+            if not self._make_room(row, encode):
+                continue
+            works.append(Work(row=row, encode=encode, denoise=row.diffusion and encode == row.pending))
+        return [work for work in works if work.row in self._running]
+
+    def _make_room(self, row: Row, tokens: int) -> bool:
+        """Reserves pages for a running request, at the cost of those that came after it; False if it is put back."""
+        table = row.table
+        assert table is not None
+        while not table.fits(tokens):
+            newest = self._running[-1]
+            self._put_back(newest)
+            if newest is row:
+                return False
+        self._forward.clear(table, tokens)
+        return True
+
+    def _put_back(self, row: Row) -> None:
+        row.leave()
+        self._preemptions += 1
+        with self._queue:
+            self._running.remove(row)
+            self._waiting.appendleft(row)
+
+    def _account(self, works: Sequence[Work], seconds: float) -> None:
+        """Each request's share of the time: what a forward both encoded and denoised is divided by tokens."""
+        self._batch, self._steps = len(works), self._steps + 1
+        for work in works:
+            row = work.row
+            row.seconds += seconds
+            encoding = seconds * work.encode / max(1, work.encode + work.denoised)
+            row.encoding += encoding
+            row.stepping += seconds - encoding
+            row.encoded += work.encode
+            self._forwards += work.denoise
+            self._tokens += work.given
+
+
+def _plan_cache(network: Network, settings: EngineSettings, limit: int) -> Pages:
+    """Pages for `max_batch` requests of full length, or for as many as a share of the free memory holds; at least one.
+
+    Raises:
+        CapacityError: `cache_tokens` is less than one request may need.
+    """
+    config, size = network.config, settings.page_size
+    width = [2 * shape.kv_heads * shape.head_dim * network.dtype.itemsize * size for shape in config.layers]
+    per_full = sum(w for w, shape in zip(width, config.layers, strict=True) if not shape.sliding)
+    per_sliding = sum(w for w, shape in zip(width, config.layers, strict=True) if shape.sliding)
+    pages = Pages(size=size, window=config.sliding_window, full=0, sliding=0)
+    chunk = max(settings.step_tokens, config.canvas_length)
+    # Twice what is in use, so that what the window has left behind stays findable for a while.
+    full, sliding = -(-limit // size), 2 * min(-(-limit // size), pages.sliding_needed(chunk))
+    if settings.cache_tokens is not None:
+        if settings.cache_tokens < size:
+            raise CapacityError(f"cache_tokens: {settings.cache_tokens} is less than one page of {size}")
+        rows = settings.max_batch
+        full = settings.cache_tokens // size
+        return Pages(size=size, window=config.sliding_window, full=full, sliding=min(full, rows * sliding))
+    each = full * per_full + sliding * per_sliding
+    rows = max(1, min(settings.max_batch, _memory(network) // each))
+    return Pages(size=size, window=config.sliding_window, full=rows * full, sliding=rows * sliding)
+
+
+def _memory(network: Network) -> int:
+    """Bytes that the cache may take."""
+    if network.device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(network.device)[0])
+    return int(MEMORY_SHARE * (machine_memory() or 0))
+
+
+def _peak(network: Network) -> int:
+    device = network.device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
