@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -240,19 +240,26 @@ class Model:
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise RequestError(f"params: {len(each)} settings for {len(prompts)} prompts")
+        return list(self.map(zip(prompts, each, strict=True), think=think, raw=raw))
+
+    def map(
+        self, requests: Iterable[tuple[Prompt, SamplingParams | None]], *, think: bool = False, raw: bool = False
+    ) -> Iterator[Result]:
+        """Answers in the order of the requests, as they come; requests are taken only a little ahead of the answers.
+
+        Errors are those of `submit`; the first one ends it.
+        """
         tickets: deque[Ticket] = deque()
-        results: list[Result] = []
         try:
-            for prompt, own in zip(prompts, each, strict=True):
+            for prompt, params in requests:
                 if len(tickets) >= LOOK_AHEAD * self.engine.settings.max_batch:
-                    results.append(_result(tickets.popleft()))
-                tickets.append(self.submit(prompt, own, think=think, raw=raw))
+                    yield _result(tickets.popleft())
+                tickets.append(self.submit(prompt, params, think=think, raw=raw))
             while tickets:
-                results.append(_result(tickets.popleft()))
+                yield _result(tickets.popleft())
         finally:
             for ticket in tickets:
                 ticket.cancel()
-        return results
 
     def start(self) -> None:
         """Lets a thread of its own drive the engine from now on; otherwise whoever waits for an answer does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ MAX_NEW_TOKENS = 512  # the longest stories take about 320
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One prompt's outcome."""
+    """One prompt's outcome; `seconds` is the time of the steps that it took part in, together with others."""
 
     family: str
     prompt: str
@@ -33,7 +34,7 @@ class Record:
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One family's outcome. `tokens_per_forward` is all tokens over all steps (1 in autoregressive mode, which has no
-    steps); `tokens_per_second` is all tokens over all seconds.
+    steps); `tokens_per_second` is all tokens over the time that the family took.
     """
 
     family: str
@@ -67,24 +68,27 @@ def run(
     seed: int,
     report: Callable[[Record], None] = lambda record: None,
 ) -> tuple[list[Record], list[Score]]:
-    """Answers `limit` held-out prompts a family, one at a time as a user would ask, and scores them.
+    """Answers `limit` held-out prompts a family, as many at once as the model's engine takes, and scores them.
 
-    Each prompt has a seed of its own that follows from `seed`, so the run is repeatable.
+    Each prompt has a seed of its own that follows from `seed`, so the run is repeatable, in any batch.
     """
     if params.max_new_tokens is None:
         params = replace(params, max_new_tokens=MAX_NEW_TOKENS)
-    records = []
+    records, scores = [], []
     for name in names:
+        started, own = time.perf_counter(), []
         for record in _answers(model, held_out(name, limit, seed), params, seed):
-            records.append(record)
+            own.append(record)
             report(record)
-    return records, [score(name, [r for r in records if r.family == name]) for name in names]
+        scores.append(score(name, own, time.perf_counter() - started))
+        records += own
+    return records, scores
 
 
 def _answers(model: Model, examples: list[Example], params: SamplingParams, seed: int) -> Iterator[Record]:
-    for number, example in enumerate(examples):
-        own = replace(params, seed=seed * 1_000_003 + number)
-        result = model.generate(example.prompt, own)
+    each = [replace(params, seed=seed * 1_000_003 + number) for number in range(len(examples))]
+    prompts = [example.prompt for example in examples]
+    for example, result in zip(examples, model.map(zip(prompts, each, strict=True)), strict=True):
         stats = result.stats
         yield Record(
             family=example.family,
@@ -100,8 +104,8 @@ def _answers(model: Model, examples: list[Example], params: SamplingParams, seed
         )
 
 
-def score(family: str, records: list[Record]) -> Score:
-    """Sums up one family's records."""
+def score(family: str, records: list[Record], seconds: float) -> Score:
+    """Sums up one family's records, which took so long together."""
     tokens, steps = sum(r.tokens for r in records), sum(r.steps for r in records)
     right = sum(r.right for r in records)
     return Score(
@@ -111,7 +115,7 @@ def score(family: str, records: list[Record]) -> Score:
         exact_match=right / max(1, len(records)),
         tokens_per_forward=tokens / steps if steps else 1.0,
         steps_per_canvas=steps / max(1, sum(r.canvases for r in records)),
-        tokens_per_second=tokens / max(1e-9, sum(r.seconds for r in records)),
+        tokens_per_second=tokens / max(1e-9, seconds),
         empty=sum(not r.reply.strip() for r in records),
     )
 
