@@ -1,6 +1,6 @@
 """The engine on the demo model: what batching, block diffusion, prefix reuse and early text are worth.
 
-    python benchmarks/engine.py [SECTION ...]       sections: batch modes transformers turns early (all if none is named)
+    python benchmarks/engine.py [SECTION ...]     batch, modes, transformers, turns, early; all if none is named
 
 Every ratio is taken in one run on one machine, alternating, as the median of several rounds. Tokens are those that a
 user gets. Raw records are written under benchmarks/results/; the last line of output is one JSON object.
@@ -38,10 +38,7 @@ def requests(count: int, seed: int = 0) -> list[tuple[str, SamplingParams]]:
 def timed(model: dgemma.Model, work: list[tuple[Any, SamplingParams]], *, together: bool) -> Timed:
     """Answers and seconds, all at once or one after another."""
     started = time.perf_counter()
-    if together:
-        results = list(model.map(work))
-    else:
-        results = [model.generate(prompt, params) for prompt, params in work]
+    results = list(model.map(work)) if together else [model.generate(prompt, params) for prompt, params in work]
     return results, time.perf_counter() - started
 
 

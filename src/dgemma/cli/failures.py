@@ -33,6 +33,12 @@ FLAGS = {
     "model": "--model",
     "think": "--think",
     "raw": "--raw",
+    "host": "--host",
+    "port": "--port",
+    "api_key": "--api-key",
+    "max_batch": "--max-batch",
+    "max_queue": "--max-queue",
+    "max_model_len": "--max-model-len",
     "prompt": "PROMPT",
 }
 
