@@ -91,7 +91,10 @@ class Model:
         """
         if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
             raise RequestError(f"prompt: {type(prompt).__name__} is neither text, nor chat messages, nor token ids")
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and _all_ids(prompt):
+        are_ids = isinstance(prompt, Sequence) and not isinstance(prompt, str) and bool(prompt) and _all_ids(prompt)
+        if tools and (raw or are_ids):
+            raise RequestError("tools: need chat messages, neither raw text nor token ids")
+        if are_ids:
             return [int(token) for token in prompt]  # type: ignore[arg-type]
         if (isinstance(prompt, str) and not prompt.strip()) or not prompt:
             raise RequestError("prompt: is empty; say something")

@@ -152,8 +152,8 @@ class Engine:
                 self._leave(row)
             for work in works:
                 if work.row.done and work.row in self._running:
-                    self._leave(work.row)
                     work.row.finish(_peak(self.network))
+                    self._leave(work.row)
             return True
 
     def _drive(self) -> bool:
@@ -194,6 +194,7 @@ class Engine:
             cancelled, self._cancelled = set(map(id, self._cancelled)), []
             if cancelled:
                 self._waiting = deque(row for row in self._waiting if id(row.ticket) not in cancelled)
+                self._queue.notify_all()
         for row in [row for row in self._running if id(row.ticket) in cancelled]:
             self._leave(row)
         while self._waiting and len(self._running) < self.settings.max_batch:
