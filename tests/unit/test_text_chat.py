@@ -85,27 +85,27 @@ texts = st.lists(st.sampled_from([*ALPHABET, *CONTROLS, "<bos>", "\U000f0000", "
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-@given(user=texts, tool=texts, argument=texts, key=texts)
-def test_messages_cannot_write_control_tokens(family: Family, user: str, tool: str, argument: str, key: str):
+@given(written=st.tuples(texts, texts, texts, texts, texts))
+def test_messages_cannot_write_control_tokens(family: Family, written: tuple[str, ...]):
     """The control tokens of the prompt are those of the same conversation with harmless texts, and nothing is lost."""
     tokenizer = family()
 
     def conversation(
-        user: str, tool: str, argument: str, key: str
+        user: str, tool: str, key: str, argument: str, description: str
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         messages = [
             {"role": "user", "content": [{"type": "text", "text": user}]},
             calling(call(arguments=json.dumps({key: argument}))),
             answer(tool),
         ]
-        function = {"name": "f", "description": argument, "parameters": {"properties": {key: {"default": argument}}}}
+        function = {"name": "f", "description": description, "parameters": {"properties": {description: {}}}}
         return messages, [{"type": "function", "function": function}]
 
     def controls(ids: list[int]) -> list[str]:
         return [str(tokenizer.token_of(i)) for i in ids if tokenizer.token_of(i) in tokenizer.controls]
 
-    messages, tools = conversation(user, tool, argument, key)
-    harmless, names = conversation("a", "a", "a", "a")
+    messages, tools = conversation(*written)
+    harmless, names = conversation(*"aaaaa")
     ids = TEMPLATE.encode(tokenizer, messages, tools=tools)
     assert controls(ids) == controls(TEMPLATE.encode(tokenizer, harmless, tools=names))
     if family is not FAMILIES["llama"]:
@@ -278,6 +278,8 @@ def test_messages_in_the_form_that_templates_read():
         [*HELLO, calling(call(), call(id="2")), answer("r")],
     ):
         assert len(check_messages(last, last=False)) == len(last)
+    words = "messages[1].tool_calls[0]: no tool message answers it"
+    refused(lambda: check_messages([*HELLO, calling(call()), *HELLO], last=False), words, kind=RequestError)
 
 
 # A template in the manner of Gemma's: its form of declarations, calls and answers, and turns that go on after them.

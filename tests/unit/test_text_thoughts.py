@@ -163,3 +163,5 @@ def test_what_comes_after_a_stop_string(size: int):
         "b EN c",
         (("f", "{}"), ("f", "{}")),
     )
+    label = ReplySplitter(stops=["thought"])
+    assert joined(label, pieces("thought<|tool_call>call:f{}<tool_call|>", [size])) == ("", "", ())

@@ -141,6 +141,8 @@ def test_calls_and_the_label_line():
     assert read(f"thought\n{call}a") == ("", "a", (("f", "{}"),))
     assert read(f"thought{call}\na") == ("", "thought\na", (("f", "{}"),))
     assert read(f"{call}thought\na") == ("", "thought\na", (("f", "{}"),))
+    after = read(f"{call}<|channel>thought\na<channel|>thought\nb")
+    assert after == ("a", "thought\nb", (("f", "{}"),))
     assert read("tho<|tool_call>ught\na") == ("", "a", ())
 
 
@@ -215,7 +217,7 @@ SOUP += [*'{}[]:,"c2\\ \n<', f"{Q}x{Q}", f"a:{Q}", '"y"', "true", "<tool", "|>",
 soups = st.lists(st.sampled_from(SOUP), max_size=12).map("".join)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(text=soups, sizes=cuts)
 @example(f"<|tool_call>call:f{{a:{Q}}}<tool_call|><|tool_call>call:g{{b:{Q}x{Q}}}<tool_call|>", [3])
 def test_any_soup_at_any_cut(text: str, sizes: list[int]):
@@ -223,8 +225,8 @@ def test_any_soup_at_any_cut(text: str, sizes: list[int]):
     assert (thoughts, answer, [tuple(call) for call in calls]) == brute_read(text)
 
 
-@settings(max_examples=25)
-@given(text=soups.map(lambda text: text[:30]))
+@settings(max_examples=10)
+@given(text=soups.map(lambda text: text[:24]))
 @example(f"a<|tool_call>call:f{{a:{Q}é{Q}}}<tool_call|>b")
 @example("<|channel>thought\na<channel|>b<|tool_call>call:f{a:1<tool_call|>")
 def test_every_cut_of_a_short_text(text: str):
@@ -262,7 +264,7 @@ def test_writing_and_reading_again(name: str, arguments: dict[str, Any]):
     assert read(text) == ("", "", ((name, json.dumps(arguments, ensure_ascii=False)),))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(parts=segments, sizes=cuts)
 def test_answers_of_all_kinds(parts: list[Any], sizes: list[int]):
     """What is in them comes out where it belongs; no mark is in the text or in the thoughts."""

@@ -150,7 +150,7 @@ class ReplySplitter:
         self._put(seen.removeprefix(line))
 
     def _put(self, text: str) -> None:
-        if not text or self.stopped:
+        if not text:
             return
         if not self._inside:
             self._text.append(self._stops.push(text)[0])

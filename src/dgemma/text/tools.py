@@ -128,7 +128,7 @@ def _call() -> Generator[_Kinds, _Token, Call]:
     yield ("close",)
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # a number beyond all bounds
+    except ValueError:  # NaN, or a number beyond all bounds
         raise MalformedCall from None
     if _HALF_CHARACTER.search(text):
         raise MalformedCall
@@ -167,7 +167,7 @@ def _value(token: _Token, depth: int) -> Generator[_Kinds, _Token, Any]:
 def _scalar(word: str) -> Any:
     """A number, truth value or null."""
     try:
-        return None if word == "None" else json.loads(word, parse_constant=_refuse)
+        return None if word == "None" else json.loads(word)
     except ValueError:
         raise MalformedCall from None
 
