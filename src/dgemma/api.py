@@ -253,9 +253,11 @@ class Model:
         Errors are those of `submit`; the first one ends it.
         """
         tickets: deque[Ticket] = deque()
+        settings = self.engine.settings
+        ahead = min(LOOK_AHEAD * settings.max_batch, settings.max_batch + settings.max_queue)
         try:
             for prompt, params in requests:
-                if len(tickets) >= LOOK_AHEAD * self.engine.settings.max_batch:
+                if len(tickets) >= ahead:
                     yield _result(tickets.popleft())
                 tickets.append(self.submit(prompt, params, think=think, raw=raw))
             while tickets:

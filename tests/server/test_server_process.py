@@ -50,7 +50,7 @@ class Process:
 
     def ready(self) -> Process:
         """Waits for the line that says so."""
-        line = until(lambda: next((line for line in self.lines if line.startswith("serving ")), None))
+        line = until(lambda: next((line for line in self.lines if line.startswith("serving ")), None), 150)
         self.port = int(line.split(" (")[0].rpartition(":")[2])
         return self
 

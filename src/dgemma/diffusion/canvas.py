@@ -86,11 +86,16 @@ class Canvas:
         return process(scores, self.params, heat, self.ends, barred)
 
     def believe(self, processed: Tensor) -> Belief:
-        """Argmax, sample and entropy of every position, of the processed scores [B, L, V]."""
-        likeliest = processed.argmax(dim=-1)
+        """Argmax, sample and entropy of every position, of the processed scores [B, L, V].
+
+        Raises:
+            RequestError: the scores are not numbers.
+        """
+        entropies, likeliest = entropy(processed), processed.argmax(dim=-1)
+        check_numbers(entropies)
         greedy = self.params.temperature == 0
         sampled = likeliest if greedy else self.draws.sample(self.index, self.number + 1, processed)
-        return Belief(likeliest, sampled, entropy(processed))
+        return Belief(likeliest, sampled, entropies)
 
     def update(self, belief: Belief) -> Step:
         """Does a step: accepts, renoises, and sees whether rows are done.

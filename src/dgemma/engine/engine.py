@@ -74,7 +74,7 @@ class Engine:
         with self._queue:
             if self._draining or self._closed:
                 raise Draining("the engine is shutting down and takes no new requests")
-            if len(self._waiting) >= self.settings.max_queue:
+            if len(self._waiting) + len(self._running) >= self.settings.max_queue + self.settings.max_batch:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting; try again in a moment")
             self._waiting.append(row)
             self._prompt_tokens += len(request.prompt)
@@ -139,9 +139,11 @@ class Engine:
                 failed = self._forward.run(works)
             except BaseException:
                 # Nobody knows how far it came: all canvases of the batch are drawn again from their beginning.
+                self._account(works, time.perf_counter() - started)
                 for row in self._running:
                     row.restart()
                     row.leave()
+                self._finish([row for row in self._running if row.done])
                 with self._queue:
                     self._waiting.extendleft(reversed(self._running))
                     self._running.clear()
@@ -149,11 +151,9 @@ class Engine:
             self._account(works, time.perf_counter() - started)
             for row, error in failed:
                 row.ticket.fail(error)
+                row.leave(forget=True)
                 self._leave(row)
-            for work in works:
-                if work.row.done and work.row in self._running:
-                    work.row.finish(_peak(self.network))
-                    self._leave(work.row)
+            self._finish([work.row for work in works if work.row.done and work.row in self._running])
             return True
 
     def _drive(self) -> bool:
@@ -199,7 +199,7 @@ class Engine:
             self._leave(row)
         while self._waiting and len(self._running) < self.settings.max_batch:
             row = self._waiting[0]
-            first = not row.tokens and row.canvas is None
+            first = not row.entered
             reused = row.enter(self.pages, reuse=self.settings.prefix_reuse)
             assert row.table is not None
             # Room for all that it has, so that it is not put back at once; alone it always gets in.
@@ -211,6 +211,11 @@ class Engine:
             with self._queue:
                 self._waiting.popleft()
                 self._running.append(row)
+
+    def _finish(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            row.finish(_peak(self.network))
+            self._leave(row)
 
     def _leave(self, row: Row) -> None:
         row.leave()

@@ -66,6 +66,11 @@ class Pool:
             else:
                 self._idle[page] = None
 
+    def forget(self, page: int) -> None:
+        """Makes a page that is in use unfindable."""
+        if self._key[page] is not None:
+            self._forget(page)
+
     def _forget(self, page: int) -> None:
         key = self._key[page]
         assert key is not None
@@ -162,8 +167,18 @@ class Table:
                     self.pages.sliding.name(sliding, key)
         self._free_sliding(self.pages.first_seen(self.length))
 
-    def release(self) -> None:
-        """Gives all pages back. The last ones go first, so that the beginning of a sequence stays known longest."""
+    def release(self, *, forget: bool = False) -> None:
+        """Gives all pages back. The last ones go first, so that the beginning of a sequence stays known longest.
+
+        Args:
+            forget: what they hold is not to be trusted, and nobody shall find it.
+        """
+        if forget:
+            for page in self.full:
+                self.pages.full.forget(page)
+            for sliding in self.sliding:
+                if sliding is not None:
+                    self.pages.sliding.forget(sliding)
         self._free_sliding(len(self.sliding))
         for page in reversed(self.full):
             self.pages.full.release(page)

@@ -57,7 +57,7 @@ class Row:
         self.table: Table | None = None
         self.canvas: Canvas | None = None
         self.soft: Tensor | None = None  # of the canvas's last step [1, L, H]
-        self.stopped = False
+        self.entered = self.stopped = False
         self.steps_per_canvas: list[int] = []
         self.seconds = self.stepping = self.encoding = 0.0
         self.encoded = 0
@@ -83,13 +83,15 @@ class Row:
 
     def enter(self, pages: Pages, *, reuse: bool) -> int:
         """Gets a table of pages -> tokens that are there already."""
-        self.table = Table(pages)
+        self.table, self.entered = Table(pages), True
         return self.table.reuse(self.history) if reuse else 0
 
-    def leave(self) -> None:
-        """Gives the pages back. The canvas is kept: after another `enter` the request goes on where it was."""
+    def leave(self, *, forget: bool = False) -> None:
+        """Gives the pages back, `forget`: so that nobody finds what they hold. The canvas is kept: after another
+        `enter` the request goes on where it was.
+        """
         if self.table is not None:
-            self.table.release()
+            self.table.release(forget=forget)
             self.table = None
 
     def restart(self) -> None:
@@ -141,9 +143,9 @@ class Row:
         elif self._prefix is not None:
             sure = self._prefix.update(step.argmax[0], step.entropies[0])
             kept, _ = self._until_end(committed[:sure])
-            if len(kept) > len(self._sent):
+            canvas.pins[0, : len(kept)] = torch.tensor(kept)
+            if len(kept) > len(self._sent):  # less when the canvas is drawn again
                 first, self._sent = len(self._sent), kept
-                canvas.pins[0, : len(kept)] = torch.tensor(kept)
                 index = len(self.steps_per_canvas) - 1
                 self._give(Early, index, step.number, kept[first:], logprobs[first:], False)
 

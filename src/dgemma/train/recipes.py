@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from ..checkpoint import save_checkpoint
+from ..checkpoint import resolve, save_checkpoint
 from ..config import FULL, SLIDING, ModelConfig
 from ..model import Network
 from ..params import GenerationConfig
@@ -21,7 +22,7 @@ from ..tasks import mixture
 from .data import Batching, Sample
 from .loop import Schedule, Trainer
 from .objective import Objective
-from .tokenizer import VOCABULARY, write_tokenizer
+from .tokenizer import VOCABULARY
 
 DEMO_CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -218,10 +219,12 @@ def initialize(network: Network, seed: int) -> None:
 def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
     """The embedded demo model: about 3.3 M parameters on generated tasks and stories.
 
-    The tokenizer is built from the tasks first, and written to `directory`.
+    The tokenizer is the shipped one, so that a run may start from the shipped weights; it is copied to `directory`.
     """
-    if not (directory / "tokenizer.json").is_file():
-        write_tokenizer(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
+        if not (directory / name).is_file():
+            shutil.copyfile(resolve("demo") / name, directory / name)
     network = Network(ModelConfig.from_dict(DEMO_CONFIG))
     initialize(network, seed)
     return Trainer(
