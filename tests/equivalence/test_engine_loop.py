@@ -62,7 +62,8 @@ def sweep(per_spec: int) -> list[Case]:
             if draw.random() < 0.3:
                 params["canvas_length"] = max(1, spec.canvas - 5)
             if draw.random() < 0.25:
-                params |= {"mode": "autoregressive", "max_new_tokens": 10, "min_tokens": 3}
+                heat = draw.choice([1.0, 4.0, 8.0])
+                params |= {"mode": "autoregressive", "max_new_tokens": 10, "min_tokens": 3, "temperature": heat}
             near = min(spec.window, 40)
             engine = {
                 "page_size": draw.choice([1, 3, 4, 16, 256]),

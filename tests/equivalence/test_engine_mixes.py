@@ -154,13 +154,27 @@ def test_steps_that_fail(
     assert_all_free(engine)
 
 
-def test_a_failed_step_reaches_whoever_waits(network: Any, requests: list[Request], truth: list[Answer]) -> None:
+def test_a_step_that_failed_is_tried_with_fewer(
+    network: Any, requests: list[Request], truth: list[Answer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody who reads an answer notices, unless the step fails with one request alone: then that one is told."""
     engine = engine_of(network)
-    tickets = [engine.submit(request) for request in requests[:3]]
-    with attribute(network, "run", Trap(network, "run", {3})), pytest.raises(Injected):
-        list(tickets[1])
-    # The same tickets go on.
-    assert [event.result.tokens for event in map(lambda t: list(t)[-1], tickets)] == [t for t, _ in truth[:3]]  # type: ignore[union-attr]
+    tickets = [engine.submit(request) for request in requests[:4]]
+    with attribute(network, "run", Trap(network, "run", {3, 4, 7})):
+        batches, running = [], engine.step()
+        while running or len(batches) < 4:
+            before = engine.status().steps
+            engine._drive()
+            if engine.status().steps > before:
+                batches.append(engine.status().batch)
+            running = engine.status().running + engine.status().queued > 0
+    # Steps of four, of which the third fails, then of two, which fails, then of one until it is done.
+    assert batches[:4] == [4, 4, 2, 1]
+    assert [bool(record.exc_info) for record in caplog.records] == [True, True]
+    with pytest.raises(Injected):
+        list(tickets[0])  # was alone in the seventh
+    found = [list(ticket)[-1].result.tokens for ticket in tickets[1:]]  # type: ignore[union-attr]
+    assert found == [tokens for tokens, _ in truth[1:4]]
     assert_all_free(engine)
 
 

@@ -46,6 +46,7 @@ class Engine:
         self._queue = threading.Condition()  # what is submitted and cancelled between steps
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
+        self._most = settings.max_batch  # requests in a step at present; fewer after a step has failed
         self._batch = self._steps = self._forwards = self._tokens = 0
         self._prompt_tokens = self._reused_tokens = self._preemptions = 0
 
@@ -128,20 +129,27 @@ class Engine:
         )
 
     def step(self) -> bool:
-        """One forward of everything that can move; False when there is nothing to do."""
+        """One forward of everything that can move; False when there is nothing to do.
+
+        After an error all are in line again, and the next step is made with half as many of them.
+        """
         with self._lock:
-            self._admit()
-            works = self._plan()
-            if not works:
-                return False
+            works: list[Work] = []
             started = time.perf_counter()
             try:
+                self._admit()
+                works = self._plan()
+                if not works:
+                    return False
+                started = time.perf_counter()
                 failed = self._forward.run(works)
             except BaseException:
                 # Nobody knows how far it came: all canvases of the batch are drawn again from their beginning.
                 self._account(works, time.perf_counter() - started)
+                self._most = max(1, len(self._running) // 2)
                 for row in self._running:
                     row.restart()
+                for row in (*self._running, *self._waiting):
                     row.leave()
                 self._finish([row for row in self._running if row.done])
                 with self._queue:
@@ -151,7 +159,6 @@ class Engine:
             self._account(works, time.perf_counter() - started)
             for row, error in failed:
                 row.ticket.fail(error)
-                row.leave(forget=True)
                 self._leave(row)
             self._finish([work.row for work in works if work.row.done and work.row in self._running])
             return True
@@ -159,7 +166,7 @@ class Engine:
     def _drive(self) -> bool:
         if self._thread is not None:
             return False
-        self.step()
+        self._try_step()
         return True
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -173,20 +180,21 @@ class Engine:
                 self._queue.wait_for(lambda: self._waiting or self._running or self._cancelled or self._closed)
                 if self._closed:
                     return
-            try:
-                self.step()
-            except Exception as error:  # the thread must go on for the others
-                log.exception("a step failed")
-                self._fail_newest(error)
+            self._try_step()
 
-    def _fail_newest(self, error: Exception) -> None:
-        """A step failed as a whole: without the request that came last it may succeed."""
-        with self._lock, self._queue:
-            if self._waiting:
-                started = [row for row in self._waiting if row.seconds] or list(self._waiting)
-                self._waiting.remove(started[-1])
-                started[-1].ticket.fail(error)
-            self._queue.notify_all()
+    def _try_step(self) -> None:
+        """A step that may fail as a whole. Who is alone in one that fails is the reason; else fewer try again."""
+        try:
+            self.step()
+        except Exception as error:
+            with self._lock, self._queue:
+                if self._batch == 1 and self._waiting:
+                    row = self._waiting.popleft()
+                    row.ticket.fail(error)
+                    self._most += 1
+                    self._queue.notify_all()
+                else:
+                    log.warning("a step of %d requests failed; half as many go on", self._batch, exc_info=True)
 
     def _admit(self) -> None:
         """Drops who was cancelled, lets in who waited longest while there is room."""
@@ -197,16 +205,16 @@ class Engine:
                 self._queue.notify_all()
         for row in [row for row in self._running if id(row.ticket) in cancelled]:
             self._leave(row)
-        while self._waiting and len(self._running) < self.settings.max_batch:
+        while self._waiting and len(self._running) < self._most:
             row = self._waiting[0]
-            first = not row.entered
             reused = row.enter(self.pages, reuse=self.settings.prefix_reuse)
             assert row.table is not None
             # Room for all that it has, so that it is not put back at once; alone it always gets in.
             if self._running and not row.table.fits(min(row.pending + row.request.canvas, self.settings.step_tokens)):
                 row.leave()
                 return
-            if first:
+            if not row.entered:
+                row.entered = True
                 self._reused_tokens += reused
             with self._queue:
                 self._waiting.popleft()
@@ -219,6 +227,7 @@ class Engine:
 
     def _leave(self, row: Row) -> None:
         row.leave()
+        self._most = min(self._most + 1, self.settings.max_batch)
         with self._queue:
             self._running.remove(row)
             self._queue.notify_all()

@@ -81,10 +81,17 @@ class Forward:
         view = RaggedView(self.store, segments, network.config.sliding_window, device)
         hidden = network.run(torch.cat(inputs, dim=1), view).split([s.length for s in segments], dim=1)
 
-        for work in encoding:
-            _table(work.row).advance(work.row.history, work.encode)
         failed: list[tuple[Row, DGemmaError]] = []
+        for work, own in zip(encoding, hidden, strict=False):
+            try:
+                check_numbers(own)  # sound at the end: sound in every layer's keys and values, which others may reuse
+                _table(work.row).advance(work.row.history, work.encode)
+            except DGemmaError as error:
+                failed.append((work.row, error))
+        broken = {id(row) for row, _ in failed}
         for (work, canvas), own in zip(denoising, hidden[len(encoding) :], strict=True):
+            if id(work.row) in broken:
+                continue
             before = len(work.row.tokens)
             try:
                 work.row.settle(*self._believe(work.row, canvas, own))

@@ -36,7 +36,10 @@ class Pool:
             page = self._empty.pop()
         else:
             page, _ = self._idle.popitem(last=False)
-            self._forget(page)
+            key = self._key[page]
+            assert key is not None
+            del self._known[key]
+            self._key[page] = None
         self._users[page] = 1
         return page
 
@@ -65,17 +68,6 @@ class Pool:
                 self._empty.append(page)
             else:
                 self._idle[page] = None
-
-    def forget(self, page: int) -> None:
-        """Makes a page that is in use unfindable."""
-        if self._key[page] is not None:
-            self._forget(page)
-
-    def _forget(self, page: int) -> None:
-        key = self._key[page]
-        assert key is not None
-        del self._known[key]
-        self._key[page] = None
 
 
 def page_keys(tokens: Sequence[int], size: int) -> list[Key]:
@@ -167,18 +159,8 @@ class Table:
                     self.pages.sliding.name(sliding, key)
         self._free_sliding(self.pages.first_seen(self.length))
 
-    def release(self, *, forget: bool = False) -> None:
-        """Gives all pages back. The last ones go first, so that the beginning of a sequence stays known longest.
-
-        Args:
-            forget: what they hold is not to be trusted, and nobody shall find it.
-        """
-        if forget:
-            for page in self.full:
-                self.pages.full.forget(page)
-            for sliding in self.sliding:
-                if sliding is not None:
-                    self.pages.sliding.forget(sliding)
+    def release(self) -> None:
+        """Gives all pages back. The last ones go first, so that the beginning of a sequence stays known longest."""
         self._free_sliding(len(self.sliding))
         for page in reversed(self.full):
             self.pages.full.release(page)

@@ -83,15 +83,13 @@ class Row:
 
     def enter(self, pages: Pages, *, reuse: bool) -> int:
         """Gets a table of pages -> tokens that are there already."""
-        self.table, self.entered = Table(pages), True
+        self.table = Table(pages)
         return self.table.reuse(self.history) if reuse else 0
 
-    def leave(self, *, forget: bool = False) -> None:
-        """Gives the pages back, `forget`: so that nobody finds what they hold. The canvas is kept: after another
-        `enter` the request goes on where it was.
-        """
+    def leave(self) -> None:
+        """Gives the pages back. The canvas is kept: after another `enter` the request goes on where it was."""
         if self.table is not None:
-            self.table.release(forget=forget)
+            self.table.release()
             self.table = None
 
     def restart(self) -> None:

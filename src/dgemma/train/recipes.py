@@ -163,6 +163,24 @@ DEMO_STAGES = (
             noises=3,
         ),
     ),
+    Stage(
+        first_pool=105,
+        mixture={
+            "sums": 0.40,
+            "sorting": 0.28,
+            "sudoku": 0.13,
+            "records": 0.04,
+            "calendar": 0.04,
+            "stories": 0.08,
+            "smalltalk": 0.03,
+        },
+        batching=Batching(
+            positions=8000,
+            canvas_lengths={32: 0.22, 48: 0.50, 64: 0.12, 128: 0.04, 256: 0.12},
+            per_sample=2,
+            noises=3,
+        ),
+    ),
 )
 END, PAD = 106, 0
 
