@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma.errors import CheckpointError, RequestError
-from dgemma.events import Commit, Draft, Event, Finish, Result, Stats
+from dgemma.events import Commit, Draft, Early, Event, Finish, Result, Stats
 from dgemma.params import SamplingParams
 
 Invoke = Callable[..., Any]  # of the `invoke` fixture: arguments, input=… -> click.testing.Result
@@ -97,12 +97,19 @@ class FakeModel:
         counts, text, written = [], "", 0
         for canvas, start in enumerate(range(0, max(1, len(tokens)), length)):
             wanted = tokens[start : start + length]
-            yield from self._settle(canvas, wanted, length, steps, seed)
+            sure: list[int] = []
+            for draft in self._settle(canvas, wanted, length, steps, seed):
+                yield draft
+                if params.early_text == "eager" and draft.step == steps - 3:
+                    sure = wanted[: len(wanted) // 3]
+                    early = self.tokenizer.decode(tokens[: written + len(sure)]).rstrip("\ufffd")
+                    yield Early(canvas=canvas, steps=draft.step, tokens=sure, text=early[len(text) :])
+                    text = early
             counts.append(steps)
             written += len(wanted)
             whole = self.tokenizer.decode(tokens[:written])
             whole = whole if written == len(tokens) else whole.rstrip("\ufffd")
-            yield Commit(canvas=canvas, steps=steps, tokens=wanted, text=whole[len(text) :])
+            yield Commit(canvas=canvas, steps=steps, tokens=wanted[len(sure) :], text=whole[len(text) :])
             text = whole
         stats = Stats(
             prompt_tokens=5,

@@ -51,6 +51,20 @@ def test_every_draft_is_seen_for_a_moment_however_fast_the_model_is() -> None:
         assert len(seen) >= 20
 
 
+@pytest.mark.parametrize("piped", ["", "stdout"])
+def test_early_text_is_shown_once(piped: str) -> None:
+    """While a canvas is drawn its first words stand in it alone, and in the end the answer has them once."""
+    flags = ("--early-text", "eager", "--watch")
+    with Terminal("generate", "hi", *flags, piped=piped, FAKE_DELAY=SLOW) as terminal:
+        terminal.wait("canvas 2 · step 8/48")
+        if not piped:
+            frames = [joined(frame) for frame in terminal.frames]
+            assert max(frame.count("Onceuponatime") for frame in frames) == 1
+        assert terminal.finish() == 0
+        text = terminal.read_piped() if piped else "".join(terminal.text.splitlines()[:-1])
+        assert joined(text) == joined(STORY)
+
+
 def test_redrawing_never_clears_first() -> None:
     with Terminal("generate", "hi") as terminal:
         terminal.finish()

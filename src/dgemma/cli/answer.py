@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
-from ..events import Commit, Draft, Early, Event, Finish, Result
+from ..events import Commit, Delta, Draft, Early, Event, Finish, Result
 from ..params import SamplingParams
 from . import figures
 from .canvas import Decoder, Pieces
@@ -40,7 +40,7 @@ class Answer:
     text: str = ""
     result: Result | None = None
     drafts: list[Draft] = field(default_factory=list)
-    commits: list[Commit] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
 
 
 def pieces_of(model: Model) -> Pieces:
@@ -74,13 +74,10 @@ def run(
                 if keep_drafts:
                     answer.drafts.append(event)
                 view.draft(event)
-            elif isinstance(event, Early):
+            elif isinstance(event, Early | Commit):
                 answer.text += event.text
-                view.text(event.text)
-            elif isinstance(event, Commit):
-                answer.text += event.text
-                answer.commits.append(event)
-                view.commit(event)
+                answer.deltas.append(event)
+                view.early(event) if isinstance(event, Early) else view.commit(event)
             else:
                 answer.result = event.result
                 # Text that was held back for a stop string which then did not come.

@@ -127,5 +127,5 @@ def _record(path: Path, prompt: str, done: answer.Answer, pieces: Any) -> int | 
         say(f"error: --record: the run had no steps to show; {path} was not written")
         return FAILED
     assert done.result is not None
-    write_atomically(path, render(prompt, done.drafts, done.commits, done.result, pieces))
+    write_atomically(path, render(prompt, done.drafts, done.deltas, done.result, pieces))
     return None

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from ..events import Commit, Draft
+from ..events import Commit, Draft, Early
 from .canvas import Cell, Look, Pieces, Row, caption, cells, columns, window, wrap
 from .failures import one_line, warn
 from .terminal import in_ascii, is_terminal, size, speaks_unicode, visible, write_answer
@@ -94,6 +94,7 @@ class LiveView:
         self.hold = sys.stdout.isatty() and not quiet
         self.region = Region(sys.stderr)
         self.held = ""  # committed text since its last newline
+        self._early = ""  # certain text of the canvas that is drawn, which shows it among its cells
         self._last = ""  # last character written to stdout
         self._draft: Draft | None = None
         self._content: list[Cell] = []
@@ -122,7 +123,7 @@ class LiveView:
         finally:
             warnings.showwarning = self._showwarning
             self.region.erase()
-        self._emit(self.held)
+        self._emit(self.held + self._early)
         if self._last not in ("", "\n"):
             self._emit("\n")
 
@@ -138,12 +139,16 @@ class LiveView:
             self._redraw()
             self._shown = time.monotonic()
 
+    def early(self, early: Early) -> None:
+        """Keeps the words until their canvas is finished."""
+        self._early += early.text
+
     def commit(self, commit: Commit) -> None:
         """Writes what the canvas adds to the answer, up to its last newline; the rest is held."""
         self._hold()
-        self.text(commit.text)
+        self.text(self._early + commit.text)
         with self._lock:
-            self._draft, self._content = None, []
+            self._early, self._draft, self._content = "", None, []
             self._canvas = commit.canvas + 1
             self._history.clear()
             self._redraw()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..params import MODES, PRESETS, SamplingParams
+from ..params import EARLY_TEXT, MODES, PRESETS, SamplingParams
 from .failures import BadInput
 
 if TYPE_CHECKING:
@@ -24,9 +24,14 @@ FIELDS = {
     "min_tokens": "min_tokens",
     "seed": "seed",
     "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
     "max_steps": "max_denoising_steps",
     "entropy_bound": "entropy_bound",
     "canvas_length": "canvas_length",
+    "stop_at_end": "stop_at_end",
+    "early_text": "early_text",
     "stop": "stop",
     "mode": "mode",
 }
@@ -34,7 +39,7 @@ FIELDS = {
 MODEL_FLAGS = (
     click.option("--model", default="demo", show_default=True, metavar="NAME",
                  help="`demo`, a directory, or a Hugging Face id."),
-    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),
+    click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1."),
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
                  help="What the weights are held in."),
     click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="CPU threads to compute with."),
@@ -46,10 +51,17 @@ SAMPLING_FLAGS = (
     click.option("--seed", type=int, metavar="N", help="Same seed, same answer; left out, one is drawn."),
     click.option("--temperature", type=float, metavar="X",
                  help="Multiplies the model's temperature schedule; 0 is greedy."),
+    click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest words of this probability."),
+    click.option("--top-k", type=int, metavar="N", help="Sample from this many of the likeliest words."),
+    click.option("--min-p", type=float, metavar="X", help="Sample from words this likely beside the likeliest."),
     click.option("--max-steps", type=int, metavar="N", help="Denoising steps a canvas at most."),
     click.option("--entropy-bound", type=float, metavar="X",
                  help="Nats of doubt that one step may settle: more is faster, less is more careful."),
     click.option("--canvas-length", type=int, metavar="N", help="Tokens settled together; at most the model's own."),
+    click.option("--stop-at-end", is_flag=True, default=None,
+                 help="A canvas is done when the part up to its first end token is: faster for short answers."),
+    click.option("--early-text", type=click.Choice(EARLY_TEXT),
+                 help="Give out, and keep, a canvas's first words before all of it is done.  [default: off]"),
     click.option("--preset", type=click.Choice(list(PRESETS)),
                  help="A set of the step settings; flags given besides it win."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer where this appears; may be repeated."),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from ..events import Commit, Draft, Result
+from ..events import Delta, Draft, Result
 from . import figures
 from .canvas import NOISE, Cell, Look, Pieces, Row, caption, cells, columns, window, wrap
 from .terminal import visible
@@ -44,9 +44,9 @@ class Frame:
     step: int | None = None
 
 
-def render(prompt: str, drafts: Sequence[Draft], commits: Sequence[Commit], result: Result, pieces: Pieces) -> str:
+def render(prompt: str, drafts: Sequence[Draft], deltas: Sequence[Delta], result: Result, pieces: Pieces) -> str:
     """The SVG document of a run."""
-    frames = _frames(drafts, commits, result, pieces)
+    frames = _frames(drafts, deltas, result, pieces)
     height = max(len(frame.rows) for frame in frames)
     entropies = [draft.mean_entropy for draft in drafts]
     bodies = [_draw(frame, height, entropies) for frame in frames]
@@ -55,13 +55,13 @@ def render(prompt: str, drafts: Sequence[Draft], commits: Sequence[Commit], resu
     return _document(prompt, [frames[i] for i in kept], [bodies[i] for i in kept], height, about)
 
 
-def _frames(drafts: Sequence[Draft], commits: Sequence[Commit], result: Result, pieces: Pieces) -> list[Frame]:
+def _frames(drafts: Sequence[Draft], deltas: Sequence[Delta], result: Result, pieces: Pieces) -> list[Frame]:
     """A frame a draft, with the committed text before it, and the answer as the last one."""
-    before = {}  # canvas -> text committed before it
+    before: dict[int, str] = {}  # canvas -> text before it
     text = ""
-    for commit in commits:
-        before[commit.canvas] = text
-        text += commit.text
+    for delta in deltas:
+        before.setdefault(delta.canvas, text)
+        text += delta.text
     frames = []
     for index in _evenly(len(drafts), FRAMES):
         draft = drafts[index]

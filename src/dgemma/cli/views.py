@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Protocol
 
-from ..events import Commit, Draft
+from ..events import Commit, Draft, Early
 from .canvas import Cell, Pieces, caption, cells, wrap
 from .terminal import is_terminal, say, write_answer
 
@@ -21,6 +21,10 @@ class View(Protocol):
 
     def draft(self, draft: Draft) -> None:
         """A step was done."""
+        ...
+
+    def early(self, early: Early) -> None:
+        """The canvas's first words are certain."""
         ...
 
     def commit(self, commit: Commit) -> None:
@@ -48,6 +52,10 @@ class PlainView:
 
     def draft(self, draft: Draft) -> None:
         """Shows nothing."""
+
+    def early(self, early: Early) -> None:
+        """Writes the words."""
+        self.text(early.text)
 
     def commit(self, commit: Commit) -> None:
         """Writes the text that the canvas adds."""
