@@ -163,6 +163,29 @@ def test_ordered_noise_begins_at_a_uniform_place_of_the_answer() -> None:
     ).float().mean().item() > 0.99  # what is clean comes first (noise may hit by chance)
 
 
+def test_a_sampler_step_keeps_what_is_sure_and_draws_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of one possible word, of two that are as likely, and of all: the first stay, the others are noise when
+    the bound is met before them; the soft embedding is the mean of the words.
+    """
+    network, length = small_network(), 12
+    scores = torch.full((2000, length, VOCABULARY), 0.0)
+    scores[:, :4, 9] = 40.0
+    scores[:, 4:6, 10:12] = 40.0
+    monkeypatch.setattr(network, "logits", lambda hidden: scores.clone())
+    hidden = torch.zeros(2000, length, 32)
+    canvas, soft = objective.sampler_step(network, hidden, torch.Generator().manual_seed(0))
+    assert (canvas[:, :4] == 9).all()
+    # Of the two, one is always within the bound, since the sum leaves out the largest, and the other from 0.69 nats on.
+    pair = ((canvas[:, 4:6] == 10) | (canvas[:, 4:6] == 11)).float().mean().item()
+    beyond = 1 - torch.tensor(0.6931 / 0.1).log().item() / torch.tensor(20.0).log().item()
+    chance = 2 / VOCABULARY
+    assert pair == pytest.approx((1 + beyond + (1 - beyond) * chance) / 2, abs=0.02)
+    assert len(canvas[:, 6:].unique()) == VOCABULARY
+    table = network.embed_tokens.weight.detach() * 32**0.5
+    for place, words in ((0, [9]), (4, [10, 11]), (7, list(range(VOCABULARY)))):
+        assert torch.allclose(soft[0, place], table[words].mean(dim=0), atol=1e-5)
+
+
 def test_tiled_cross_entropy_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "ROWS", 7)
     generator = torch.Generator().manual_seed(0)

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from ..config import AttentionShape
+from ..diffusion import read
+from ..diffusion.sampling import accept
 from ..model import Mode, Network, View
 from .data import Batch
 from .head import cross_entropy
+
+T_MIN, T_MAX = 0.4, 0.8  # the sampler's temperatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Objective:
         t_min: the least noise; t is uniform on (t_min, 1 - t_min).
         ordered: share of canvases that are clean up to a random place and noise behind it. Scattered noise leaves most
             results somewhere to be copied from; here they must be worked out from what comes before.
+        unrolled: share of canvases that a step of the sampler has already been over, among those with a first pass:
+            what it settled may be wrong, and is to be put right (Savinov et al. 2021, arXiv:2112.06749).
     """
 
     self_conditioning: float = 0.5
@@ -37,6 +43,7 @@ class Objective:
     balance: float = 0.0
     t_min: float = 1e-4
     ordered: float = 0.0
+    unrolled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,23 @@ def add_noise(batch: Batch, vocabulary: int, objective: Objective, generator: to
     return torch.where(replaced.to(canvas.device), noise.to(canvas.device), canvas)
 
 
+def sampler_step(network: Network, hidden: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One step of the sampler from what the network believes, hidden [R, L, H] -> canvases [R, L], soft embeddings.
+
+    Temperatures are those of the sampler's schedule; the entropy that is accepted is up to twenty times its bound, so
+    that there are mistakes to learn from.
+    """
+    rows, length, _ = hidden.shape
+    vocabulary, device = network.config.vocab_size, hidden.device
+    heat = T_MIN + (T_MAX - T_MIN) * torch.rand(rows, 1, 1, generator=generator)
+    bound = 0.1 * 20.0 ** torch.rand(rows, 1, generator=generator)
+    uniform = torch.rand(rows, length, generator=generator)
+    noise = torch.randint(0, vocabulary, (rows, length), generator=generator)
+    belief, weights, total = read(network.logits(hidden) / heat.to(device), uniform.to(device))
+    canvas = torch.where(accept(belief.entropies, bound.to(device)), belief.sampled, noise.to(device))
+    return canvas, network.blend(weights) / total
+
+
 def compute(network: Network, batch: Batch, objective: Objective, generator: torch.Generator) -> Losses:
     """Losses of one batch; every random number comes from `generator` (on the CPU)."""
     window = network.config.sliding_window
@@ -137,11 +161,13 @@ def compute(network: Network, batch: Batch, objective: Objective, generator: tor
 
     # The order of canvases in a batch is random, so the first ones are as good a draw as any.
     conditioned = int(objective.self_conditioning * len(noisy) + torch.rand(1, generator=generator).item())
+    unrolled = min(conditioned, round(objective.unrolled * len(noisy)))
     soft = torch.zeros(*noisy.shape, network.config.hidden_size, device=noisy.device, dtype=network.dtype)
     if conditioned:
         with torch.no_grad():
             believed, _ = look(slice(0, conditioned), None)
-            soft[:conditioned] = network.soft_embeddings(network.logits(believed))
+            soft[unrolled:conditioned] = network.soft_embeddings(network.logits(believed[unrolled:]))
+            noisy[:unrolled], soft[:unrolled] = sampler_step(network, believed[:unrolled], generator)
     hidden, view = look(slice(None), soft)
 
     weights = 1.0 - (1.0 - objective.fill_weight) * batch.filled.float()

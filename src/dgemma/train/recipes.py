@@ -166,12 +166,12 @@ DEMO_STAGES = (
     Stage(
         first_pool=105,
         mixture={
-            "sums": 0.40,
-            "sorting": 0.28,
-            "sudoku": 0.13,
-            "records": 0.04,
-            "calendar": 0.04,
-            "stories": 0.08,
+            "sums": 0.38,
+            "sorting": 0.27,
+            "sudoku": 0.12,
+            "records": 0.05,
+            "calendar": 0.05,
+            "stories": 0.10,
             "smalltalk": 0.03,
         },
         batching=Batching(
@@ -201,9 +201,8 @@ class DemoData:
         text = "<bos>"
         if rng.random() < 0.04:
             text += "<|turn>system\nYou are a helpful assistant.<turn|>\n"
-        for _ in range(rng.choice((1, 1, 2)) if rng.random() < 0.12 else 0):
-            short = {name: share for name, share in shares.items() if name != "stories"}
-            example = mixture(rng, short)
+        for _ in range(rng.choice((1, 1, 2, 3)) if rng.random() < 0.15 else 0):
+            example = mixture(rng, shares)
             text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n{example.answer}<turn|>\n"
         example = mixture(rng, shares)
         text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n"
@@ -249,7 +248,7 @@ def demo(directory: Path, *, updates: int, seed: int) -> Trainer:
         network,
         draw=DemoData(Tokenizer.from_file(str(directory / "tokenizer.json"))),
         batching=lambda pool: demo_stage(pool).batching,
-        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5, ordered=0.4),
+        objective=Objective(fill_weight=0.15, balance=0.01, autoregressive=0.5, ordered=0.4, unrolled=0.3),
         schedule=Schedule(updates=updates),
         end=END,
         pad=PAD,
