@@ -58,7 +58,7 @@ def canvases(canvas: torch.Tensor, answer: int) -> Batch:
     """A batch of these canvases, of which the first `answer` positions are no fill."""
     none = torch.zeros(0, dtype=torch.int64)
     filled = (torch.arange(canvas.shape[1]) >= answer).expand(canvas.shape)
-    return Batch(none, none, none, none, none, canvas, filled)
+    return Batch(none, none, none, none, none, canvas, filled, none)
 
 
 def make_batch(seed: int = 0, count: int = 5, length: int = 8, per_sample: int = 2) -> tuple[list[Sample], Batch]:
@@ -120,7 +120,7 @@ def test_a_canvas_never_sees_its_own_place_or_later_ones() -> None:
     )
     batch = Batch(
         **{
-            name: value[only_last] if name in ("owner", "start", "canvas", "filled") else value
+            name: value[only_last] if name in ("owner", "start", "canvas", "filled", "open") else value
             for name, value in vars(batch).items()
         }
     )

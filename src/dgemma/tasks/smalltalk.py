@@ -81,7 +81,7 @@ class Smalltalk(Task):
     """Not a scored family: it gives the demo manners and honest limits."""
 
     name = "smalltalk"
-    scored = False
+    scored, open = False, True
 
     def draw(self, rng: random.Random) -> Example:
         (kind,) = rng.choices(KINDS, KIND_WEIGHTS)

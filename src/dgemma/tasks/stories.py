@@ -46,6 +46,7 @@ class Stories(Task):
     """Stories; every reply that the grammar can tell about the parts that were asked for is right."""
 
     name = "stories"
+    open = True
 
     def draw(self, rng: random.Random) -> Example:
         full = {part: rng.choice(choices) for part, choices in LISTS.items()}

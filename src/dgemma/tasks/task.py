@@ -33,6 +33,7 @@ class Task(ABC):
 
     name: str
     scored: bool = True  # False: trained and shown, but not a family that results are reported for
+    open: bool = False  # whether a prompt has many right replies
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Example:

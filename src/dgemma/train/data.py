@@ -12,10 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: what is given, and the final assistant turn with its end token."""
+    """One conversation: what is given, the final assistant turn with its end token, and whether others would do."""
 
     prompt: list[int]
     response: list[int]
+    open: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -32,6 +33,7 @@ class Batch:
         start: where the canvas begins in its sequence, [R].
         canvas: the clean canvas, filled up with end tokens, [R, L].
         filled: which of its positions are fill, [R, L] bool.
+        open: whether it is of a response that others could stand for, [R] bool.
     """
 
     tokens: Tensor
@@ -41,6 +43,7 @@ class Batch:
     start: Tensor
     canvas: Tensor
     filled: Tensor
+    open: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -93,6 +96,7 @@ def collate(
         start=torch.tensor([len(samples[index].prompt) + number * canvas_length for index, number in places]),
         canvas=torch.tensor([part + [end] * fill for part, fill in zip(parts, fills, strict=True)]),
         filled=torch.tensor([[False] * len(part) + [True] * fill for part, fill in zip(parts, fills, strict=True)]),
+        open=torch.tensor([samples[index].open for index, _ in places]),
     )
 
 

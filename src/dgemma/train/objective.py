@@ -34,7 +34,8 @@ class Objective:
         ordered: share of canvases that are clean up to a random place and noise behind it. Scattered noise leaves most
             results somewhere to be copied from; here they must be worked out from what comes before.
         unrolled: share of canvases that a step of the sampler has already been over, among those with a first pass:
-            what it settled may be wrong, and is to be put right (Savinov et al. 2021, arXiv:2112.06749).
+            what it settled may be wrong, and is to be put right (Savinov et al. 2021, arXiv:2112.06749). Canvases of
+            open responses are left out: what differs from the example's words there is no mistake.
     """
 
     self_conditioning: float = 0.5
@@ -161,13 +162,15 @@ def compute(network: Network, batch: Batch, objective: Objective, generator: tor
 
     # The order of canvases in a batch is random, so the first ones are as good a draw as any.
     conditioned = int(objective.self_conditioning * len(noisy) + torch.rand(1, generator=generator).item())
-    unrolled = min(conditioned, round(objective.unrolled * len(noisy)))
     soft = torch.zeros(*noisy.shape, network.config.hidden_size, device=noisy.device, dtype=network.dtype)
     if conditioned:
         with torch.no_grad():
             believed, _ = look(slice(0, conditioned), None)
-            soft[unrolled:conditioned] = network.soft_embeddings(network.logits(believed[unrolled:]))
-            noisy[:unrolled], soft[:unrolled] = sampler_step(network, believed[:unrolled], generator)
+            ahead = ~batch.open[:conditioned]
+            ahead[round(objective.unrolled * len(noisy)) :] = False
+            plain, ahead = (~ahead).nonzero()[:, 0], ahead.nonzero()[:, 0]
+            soft[plain] = network.soft_embeddings(network.logits(believed[plain]))
+            noisy[ahead], soft[ahead] = sampler_step(network, believed[ahead], generator)
     hidden, view = look(slice(None), soft)
 
     weights = 1.0 - (1.0 - objective.fill_weight) * batch.filled.float()

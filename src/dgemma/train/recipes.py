@@ -18,7 +18,7 @@ from ..checkpoint import resolve, save_checkpoint
 from ..config import FULL, SLIDING, ModelConfig
 from ..model import Network
 from ..params import GenerationConfig
-from ..tasks import mixture
+from ..tasks import FAMILIES, mixture
 from .data import Batching, Sample
 from .loop import Schedule, Trainer
 from .objective import Objective
@@ -166,12 +166,12 @@ DEMO_STAGES = (
     Stage(
         first_pool=105,
         mixture={
-            "sums": 0.38,
-            "sorting": 0.27,
+            "sums": 0.34,
+            "sorting": 0.25,
             "sudoku": 0.12,
             "records": 0.05,
             "calendar": 0.05,
-            "stories": 0.10,
+            "stories": 0.16,
             "smalltalk": 0.03,
         },
         batching=Batching(
@@ -206,7 +206,7 @@ class DemoData:
             text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n{example.answer}<turn|>\n"
         example = mixture(rng, shares)
         text += f"<|turn>user\n{example.prompt}<turn|>\n<|turn>model\n"
-        return Sample(self._ids(text), self._ids(example.answer + "<turn|>"))
+        return Sample(self._ids(text), self._ids(example.answer + "<turn|>"), open=FAMILIES[example.family].open)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
