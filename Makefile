@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed  ## a prompt, a canvas that settles, text
-	$(BIN)/dgemma generate --watch --stats --seed 4 "Tell me a short story about a fox named Pip who looks for a golden key in the forest"
+	$(BIN)/dgemma generate --watch --stats --canvas-length 64 --seed 4 "Tell me a short story about a fox named Pip who looks for a golden key in the forest"
 
 test: $(VENV)/installed-test  ## the whole suite
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -20,6 +20,7 @@ from .params import GenerationConfig, SamplingParams
 
 if TYPE_CHECKING:
     from .api import EngineSettings, Model, load
+    from .batch.mapping import map as map  # not in __all__: a star import is not to hide Python's own
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "map":
+        return importlib.import_module(".batch.mapping", __name__).map
     if name in ("EngineSettings", "Model", "load"):
         return getattr(importlib.import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from . import checkpoint
 from .config import ModelConfig
 from .diffusion.generate import canvas_length, check_tokens
-from .engine import Engine, EngineSettings, Request, Status, Ticket
+from .engine import Engine, EngineSettings, Request, Status, Ticket, answers
 from .errors import CapacityError, CheckpointError, ConfigError, RequestError
 from .events import Event, Finish, Result
 from .model import Network
@@ -143,7 +143,12 @@ class Model:
         tokens = self.tokens_of(prompt, think=think, raw=raw, tools=tools)
         check_tokens(self.network, torch.tensor([tokens]))
         self._check_ids(params)
-        if len(tokens) + settings.max_new_tokens > self.engine.limit:
+        left = self.engine.limit - len(tokens)
+        if left < 1:
+            raise CapacityError(f"prompt: {len(tokens)} tokens leave no room in the context of {self.engine.limit}")
+        if params.max_new_tokens is None:
+            settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
+        if settings.max_new_tokens > left:
             raise CapacityError(
                 f"prompt: {len(tokens)} tokens and max_new_tokens {settings.max_new_tokens} exceed the model's context "
                 f"of {self.engine.limit}"
@@ -246,25 +251,35 @@ class Model:
         return list(self.map(zip(prompts, each, strict=True), think=think, raw=raw))
 
     def map(
-        self, requests: Iterable[tuple[Prompt, SamplingParams | None]], *, think: bool = False, raw: bool = False
-    ) -> Iterator[Result]:
-        """Answers in the order of the requests, as they come; requests are taken only a little ahead of the answers.
+        self,
+        requests: Iterable[Prompt | tuple[Prompt, SamplingParams | None]],
+        params: SamplingParams | None = None,
+        *,
+        ordered: bool = True,
+        errors: str = "raise",
+        think: bool = False,
+        raw: bool = False,
+    ) -> Iterator[Any]:
+        """Answers to prompts without end, computed together; prompts are taken only a little ahead of the answers.
 
-        Errors are those of `submit`; the first one ends it.
+        Args:
+            requests: prompts, or pairs of a prompt and settings of its own.
+            params: for those without their own.
+            ordered: results in the order of the requests; if False, (number, result) as each is done.
+            errors: "raise" ends it at the first request that fails; "return" gives the error in the result's place.
+
+        Raises:
+            RequestError, CapacityError, CheckpointError: those of `submit`.
         """
-        tickets: deque[Ticket] = deque()
+
+        def submit(one: Any) -> Ticket:
+            pair = isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], SamplingParams | None)
+            prompt, own = one if pair else (one, None)
+            return self.submit(prompt, own or params, think=think, raw=raw)
+
         settings = self.engine.settings
         ahead = min(LOOK_AHEAD * settings.max_batch, settings.max_batch + settings.max_queue)
-        try:
-            for prompt, params in requests:
-                if len(tickets) >= ahead:
-                    yield _result(tickets.popleft())
-                tickets.append(self.submit(prompt, params, think=think, raw=raw))
-            while tickets:
-                yield _result(tickets.popleft())
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
+        return answers(requests, submit, ahead=ahead, ordered=ordered, errors=errors)
 
     def start(self) -> None:
         """Lets a thread of its own drive the engine from now on; otherwise whoever waits for an answer does."""

@@ -88,9 +88,13 @@ class Commit(Delta):
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Figures of one request. Tokens trimmed after the end token never count, nor does time the caller takes."""
+    """Figures of one request. Tokens trimmed after the end token never count, nor does time the caller takes.
+
+    `reused_tokens` are those of the prompt that another request had encoded before.
+    """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     steps_per_canvas: list[int] = field(default_factory=list)
     tokens_per_forward: float = 0.0
@@ -111,7 +115,7 @@ class Result:
         thoughts: what the model wrote in its thought channel, or None.
         tool_calls: functions that the model asks to be called, in order.
         logprobs: one a token where they were asked for, else None.
-        tokens: ids of the whole answer, end token left out.
+        tokens: ids of the whole answer, end token left out; those of a stop string are the last.
         finish_reason: "stop" (end token or stop string) or "length".
         seed: the seed that reproduces it.
         stats: see `Stats`.

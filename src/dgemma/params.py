@@ -28,7 +28,7 @@ class SamplingParams:
     """Settings of one request. `None` means the checkpoint's own value (`generation_config.json`).
 
     Fields:
-        max_new_tokens: tokens of the answer at most.
+        max_new_tokens: tokens of the answer at most. Unset, no more than the model's context has room for.
         min_tokens: no end token is accepted before this many tokens.
         seed: every random number of the request follows from it; `None` draws one.
         temperature: multiplies the checkpoint's temperature schedule; 0 is greedy (argmax everywhere).

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -50,11 +53,16 @@ class Running:
         self.server.force_exit = self.server.should_exit = True
         self.thread.join(SECONDS)
         assert not self.thread.is_alive()
+        self.server.service.close()
 
 
 def launch(model: Any, *, send_buffer: int | None = None, **settings: Any) -> Running:
-    """A server on a free port that is ready. `send_buffer`: bytes that the kernel keeps for a reader."""
-    chosen = ServerSettings(port=0, **settings)
+    """A server on a free port that is ready; without a folder for files, unless one is named.
+
+    `send_buffer`: bytes that the kernel keeps for a reader.
+    """
+    nowhere = Path(tempfile.gettempdir()) / f"dgemma-{uuid.uuid4().hex}"
+    chosen = ServerSettings(**{"port": 0, "data_dir": nowhere, **settings})
     listener = listen(chosen)
     if send_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

@@ -2,7 +2,7 @@
 
 What it answers follows from the prompt and the seed. Words in the last message ask for more: WEATHER for a tool call,
 LONG for an answer without end, FULL, DRAINING, TOOLONG, REFUSE for errors at once, NAN and CRASH for errors under way,
-EMPTY for no text at all.
+EMPTY for no text at all; SHARED for 6 tokens of the prompt that were in the cache.
 
 Run as a script it is the `dgemma` command with this model behind it.
 """
@@ -166,6 +166,7 @@ class FakeTicket:
                 break
         stats = Stats(
             prompt_tokens=self.prompt_tokens,
+            reused_tokens=6 if "SHARED" in self.last else 0,
             new_tokens=len(tokens),
             steps_per_canvas=counts,
             tokens_per_forward=len(tokens) / sum(counts),

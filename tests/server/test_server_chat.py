@@ -56,9 +56,9 @@ def test_a_seed_decides(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_is_the_whole_answer(client: openai.OpenAI, server: Running) -> None:
-    whole = chat(client, seed=3)
-    chunks = list(chat(client, seed=3, stream=True, stream_options={"include_usage": True}))
-    assert server.model.calls[-1]["params"].early_text == "safe"
+    own: Any = {"seed": 3, "extra_body": {"diffusion": {"early_text": "safe"}}}
+    whole = chat(client, **own)
+    chunks = list(chat(client, **own, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
     texts = [chunk.choices[0].delta.content for chunk in chunks[1:-1] if chunk.choices[0].delta.content]
     assert "".join(texts) == whole.choices[0].message.content
@@ -68,6 +68,28 @@ def test_a_stream_is_the_whole_answer(client: openai.OpenAI, server: Running) ->
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_whole_and_streamed_have_the_same_settings(client: openai.OpenAI, server: Running) -> None:
+    whole = chat(client, seed=3)
+    chunks = list(chat(client, seed=3, stream=True))
+    assert server.model.calls[-1]["params"] == server.model.calls[-2]["params"]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+
+
+def test_cached_tokens(client: openai.OpenAI) -> None:
+    """Those of the first choice: the others find the prompt there because of it."""
+    message = [{"role": "user", "content": "SHARED beginning"}]
+    answer = chat(client, messages=message, n=2)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 6
+    last = list(chat(client, messages=message, stream=True, stream_options={"include_usage": True}))[-1]
+    assert last.usage.prompt_tokens_details.cached_tokens == 6
+    texts = client.completions.create(model="fake", prompt=["SHARED", "b", "SHARED c"], n=2)
+    assert texts.usage.prompt_tokens_details.cached_tokens == 12
+    response = client.responses.create(model="fake", input="SHARED d")
+    assert response.usage.input_tokens_details.cached_tokens == 6
+    assert client.responses.create(model="fake", input="d").usage.input_tokens_details.cached_tokens == 0
 
 
 def test_no_usage_unless_asked(client: openai.OpenAI) -> None:
@@ -137,7 +159,7 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 def test_parts_of_characters_in_log_probabilities() -> None:
     from fake import FakeTokenizer
 
-    from dgemma.server.render import Words
+    from dgemma.protocol.served import Words
 
     words = Words(FakeTokenizer())  # type: ignore[arg-type]
     assert words.name(0xC3) == ("<0xC3>", [0xC3])
@@ -180,7 +202,7 @@ def test_tool_calls(client: openai.OpenAI, server: Running) -> None:
     assert sent[2:] == results
 
 
-def test_tool_calls_in_a_stream(client: openai.OpenAI) -> None:
+def test_tool_calls_in_a_stream(client: openai.OpenAI, server: Running) -> None:
     chunks = list(chat(client, "WEATHER", tools=TOOLS, stream=True))
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [(call.index, call.type, call.function.name) for call in calls] == [
@@ -193,7 +215,15 @@ def test_tool_calls_in_a_stream(client: openai.OpenAI) -> None:
         model="fake", messages=[{"role": "user", "content": "WEATHER"}], tools=TOOLS
     ) as stream:
         final = stream.get_final_completion()
-    assert [call.function.name for call in final.choices[0].message.tool_calls] == ["get_weather", "get_time"]
+    message = final.choices[0].message
+    assert [call.function.name for call in message.tool_calls] == ["get_weather", "get_time"]
+    # What the client's own helper made of the stream can be sent back as it is.
+    results: list[Any] = [{"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in message.tool_calls]
+    chat(client, messages=[{"role": "user", "content": "WEATHER?"}, message.model_dump(), *results])
+    call = message.tool_calls[0]
+    function = {"name": "get_weather", "arguments": call.function.arguments}
+    sent = server.model.calls[-1]["prompt"][1]["tool_calls"][0]
+    assert sent == {"id": call.id, "type": "function", "function": function}
 
 
 def test_no_tools_when_they_are_switched_off(client: openai.OpenAI, server: Running) -> None:
@@ -277,7 +307,7 @@ def test_our_own_settings(client: openai.OpenAI, server: Running) -> None:
 def test_every_event_counts_once() -> None:
     """Growth: a Finish adds what was held back, and nothing that came before."""
     from dgemma.events import Finish, Result, Stats, ToolCall
-    from dgemma.server.job import Growth
+    from dgemma.protocol.growth import Growth
 
     calls = (ToolCall(name="a", arguments="{}"), ToolCall(name="b", arguments="{}"))
     growth = Growth()

@@ -13,7 +13,7 @@ import pytest
 from fake import FakeModel
 
 from conftest import SECONDS, Running
-from dgemma.server.body import MAX_DEPTH
+from dgemma.protocol.body import MAX_DEPTH
 
 HELLO = [{"role": "user", "content": "hello"}]
 ENDPOINTS = ("chat/completions", "completions", "responses")
@@ -37,6 +37,18 @@ def refused(response: httpx.Response, status: int = 400) -> Any:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["code"]
     return error
+
+
+def test_what_is_wrong_is_said_plainly(client: openai.OpenAI) -> None:
+    for more, message in (
+        ({"messages": []}, "messages: needs to have at least 1 item, not 0"),
+        ({"stop": ""}, "stop[0]: needs to have at least 1 character"),
+        ({"n": 0}, "n: needs to be greater than or equal to 1"),
+        ({"seed": 1.0}, "seed: needs to be a valid integer"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**{"model": "fake", "messages": HELLO, **more})  # type: ignore[arg-type]
+        assert caught.value.body["message"] == message  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fake import FakeModel
 
 from conftest import SECONDS, Running, until
 from dgemma.events import Commit, Draft, Finish, Result, Stats
-from dgemma.server.errors import ApiError
+from dgemma.protocol import ApiError
 from dgemma.server.job import MOST_DRAFTS, Job
 from dgemma.server.logs import Record
 
@@ -64,7 +64,8 @@ def test_a_client_that_leaves_frees_its_place(start: Callable[..., Running], how
 def test_the_clients_own_way_to_leave(start: Callable[..., Running]) -> None:
     server = start(FakeModel(hold=6))
     long: Any = {"model": "fake", "messages": [{"role": "user", "content": "LONG"}]}
-    stream = server.client().chat.completions.create(**long, stream=True)
+    early: Any = {"diffusion": {"early_text": "safe"}}
+    stream = server.client().chat.completions.create(**long, stream=True, extra_body=early)
     for _ in range(3):
         next(stream)
     stream.close()

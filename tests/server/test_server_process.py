@@ -37,7 +37,7 @@ class Process:
             [sys.executable, FAKE, "serve", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**kept, "PYTHONPATH": SOURCE, **environment},
+            env={**kept, "PYTHONPATH": SOURCE, "XDG_DATA_HOME": os.devnull, **environment},
             text=True,
         )
         self.reader = threading.Thread(target=self._read, daemon=True)

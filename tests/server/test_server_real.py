@@ -51,13 +51,32 @@ def test_it_says_what_the_library_says(real: Running) -> None:
     assert raw.choices[0].text == real.model.generate("Once upon", params, raw=True).text
 
 
-@pytest.mark.parametrize("early", ["off", "safe"])
-def test_a_stream_is_the_whole_answer(real: Running, early: str) -> None:
+@pytest.mark.parametrize("early", [None, "off", "safe"])
+def test_a_stream_is_the_whole_answer(real: Running, early: str | None) -> None:
     own = {"early_text": early, "max_new_tokens": 48}  # two canvases
     whole = chat(real, seed=4, diffusion=own)
     chunks = list(chat(real, seed=4, diffusion=own, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    cached = chunks[-1].usage.prompt_tokens_details
+    assert cached.cached_tokens <= chunks[-1].usage.prompt_tokens
+    whole.usage.prompt_tokens_details = cached  # the second may find more of its prompt in the cache
     assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+
+
+def test_cached_tokens(real: Running) -> None:
+    """A page of the cache has 256 tokens: of a prompt of more, sent twice, that many are there the second time."""
+    long = [{"role": "user", "content": "What is 12 + 30? " * 40}]
+    first, second = [chat(real, messages=long).usage for _ in range(2)]
+    assert first.prompt_tokens == second.prompt_tokens > 256
+    assert [usage.prompt_tokens_details.cached_tokens for usage in (first, second)] == [0, 256]
+
+
+def test_an_unset_limit_is_what_the_context_leaves(real: Running) -> None:
+    """The demo's own limit and this prompt exceed the 512 tokens that the server allows; without a limit it is cut."""
+    long = [{"role": "user", "content": "What is 12 + 30? " * 40}]
+    own = {"max_new_tokens": None, "min_tokens": 10_000, "max_denoising_steps": 2}
+    usage = chat(real, messages=long, diffusion=own).usage
+    assert usage.total_tokens == 512 and usage.completion_tokens < real.model.generation.max_new_tokens
 
 
 def test_drafts_show_the_canvas(real: Running) -> None:
@@ -132,6 +151,7 @@ def test_a_full_queue_and_a_client_that_leaves(real: Running) -> None:
         ({"messages": [{"role": "user", "content": "word " * 600}]}, "messages"),
         ({"max_tokens": 600, "diffusion": {"max_new_tokens": None}}, "messages"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "a"}]}, "messages[1].role"),
+        ({"messages": [{**HELLO[0], "name": "Jo"}]}, "messages[0].name"),
         ({"messages": [*HELLO, {"role": "system", "content": "a"}]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": " "}, {"role": "tool", "content": "a", "tool_call_id": "x"}]}, None),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

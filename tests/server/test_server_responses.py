@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from conftest import Running
-from dgemma.server.errors import ApiError
+from dgemma.protocol import ApiError
 from dgemma.server.store import Store
 
 TOOLS: list[Any] = [

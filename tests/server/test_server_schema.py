@@ -17,10 +17,10 @@ from openai.types.responses import response_create_params as response_params
 
 from conftest import Running
 from dgemma.params import SamplingParams
-from dgemma.server.chat_schema import ChatRequest
-from dgemma.server.completions_schema import CompletionRequest
-from dgemma.server.fields import Diffusion, Only
-from dgemma.server.responses_schema import ResponseRequest
+from dgemma.protocol.chat_schema import ChatRequest
+from dgemma.protocol.completions_schema import CompletionRequest
+from dgemma.protocol.fields import Diffusion, Only
+from dgemma.protocol.responses_schema import ResponseRequest
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}

@@ -130,9 +130,9 @@ def test_who_left_is_in_the_log(start: Callable[..., Running], caplog: pytest.Lo
     ]
 
 
-def test_not_ready_until_the_model_is() -> None:
+def test_not_ready_until_the_model_is(tmp_path: Any) -> None:
     """The port is open while the model is loaded, and says so."""
-    settings = ServerSettings(port=0)
+    settings = ServerSettings(port=0, data_dir=tmp_path / "data")
     listener = listen(settings)
     go, ready = threading.Event(), threading.Event()
 

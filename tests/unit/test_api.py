@@ -90,6 +90,25 @@ def test_the_last_canvas_of_the_context_is_shorter(babbler: dgemma.Model) -> Non
     assert len(babbler.generate([7] * 206, params).tokens) == 50
 
 
+@pytest.mark.parametrize(("prompt", "budget"), [(215, 40), (216, 40), (217, 39), (250, 6), (255, 1)])
+def test_an_unset_budget_is_what_the_context_leaves(babbler: dgemma.Model, prompt: int, budget: int) -> None:
+    """The checkpoint's own limit is 40 tokens, the context 256; a limit that is set is never cut."""
+    params = SamplingParams(max_denoising_steps=2, seed=1, min_tokens=40)
+    result = babbler.generate([7] * prompt, params)
+    assert len(result.tokens) == budget and result.finish_reason == "length"
+    if budget < 40:
+        with pytest.raises(dgemma.CapacityError, match="max_new_tokens 40"):
+            babbler.generate([7] * prompt, replace(params, max_new_tokens=40))
+
+
+def test_reused_tokens_are_the_requests_own(babbler: dgemma.Model) -> None:
+    model = dgemma.load(babbler.directory, engine=dgemma.EngineSettings(page_size=16))
+    first, second = list(range(200, 264)), [*range(200, 240), *range(300, 330)]
+    counts = [model.generate(prompt, SHORT).stats.reused_tokens for prompt in (first, second, [*first, 9, 9])]
+    assert counts == [0, 32, 64]  # whole pages of 16: 40 tokens are the same, then 64
+    assert sum(counts) == model.status().reused_tokens
+
+
 def test_an_end_token_ends_the_answer_and_is_not_part_of_it(babbler: dgemma.Model) -> None:
     free = babbler.generate("hello", SHORT)
     last = free.tokens[9]
@@ -107,6 +126,11 @@ def test_a_stop_string_ends_the_answer_before_it(babbler: dgemma.Model) -> None:
     cut = babbler.generate("hello", replace(SHORT, stop=(stop,)))
     assert cut.text == free.text[: free.text.index(stop)]
     assert cut.finish_reason == "stop"
+    decode = babbler.tokenizer.decode  # type: ignore[union-attr]
+    assert cut.tokens == free.tokens[: len(cut.tokens)]
+    assert stop in decode(cut.tokens) and stop not in decode(cut.tokens[:-1])  # nothing behind it is counted
+    told = babbler.generate("hello", replace(SHORT, stop=(stop,), logprobs=0))
+    assert [entry.token for entry in told.logprobs or ()] == told.tokens == cut.tokens
     never = babbler.generate("hello", replace(SHORT, stop=("no such text anywhere",)))
     assert never.text == free.text
 
@@ -149,6 +173,7 @@ def test_a_user_cannot_end_their_own_turn(babbler: dgemma.Model) -> None:
         ([4096], {}, dgemma.RequestError, "prompt: token id 4096 is outside"),
         ([-1], {}, dgemma.RequestError, "prompt: token id -1 is outside"),
         ([5] * 300, {}, dgemma.CapacityError, "prompt: 300 tokens"),
+        ([5] * 256, {}, dgemma.CapacityError, "prompt: 256 tokens leave no room in the context of 256"),
         ([5], {"max_new_tokens": 256}, dgemma.CapacityError, "context of 256"),
         ([5], {"canvas_length": 17}, dgemma.RequestError, "canvas_length: 17 is above"),
         ([5], {"t_min": 0.9}, dgemma.RequestError, "t_max: 0.8 is below t_min"),
@@ -210,3 +235,13 @@ def test_closing_a_stream_stops_the_run(babbler: dgemma.Model) -> None:
 def test_importing_loads_no_torch() -> None:
     code = "import dgemma, sys; dgemma.SamplingParams(); assert 'torch' not in sys.modules; assert dgemma.load"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_first_text_of_one_canvas_comes_with_its_last_step(babbler: dgemma.Model) -> None:
+    for seed in range(5):
+        stats = babbler.generate("hello", replace(SHORT, max_new_tokens=16, seed=seed)).stats
+        assert len(stats.steps_per_canvas) == 1
+        assert stats.seconds_to_first_text in (None, stats.seconds)
+        longer = babbler.generate("hello", replace(SHORT, seed=seed)).stats
+        if longer.seconds_to_first_text is not None and len(longer.steps_per_canvas) == 3:
+            assert longer.seconds_per_step < longer.seconds_to_first_text <= longer.seconds

@@ -17,7 +17,7 @@ from dgemma.eval import exact
 
 DIRECTORY = resolve("demo")
 # Held-out prompts answered right, of 24 a family: well below the published scores, far above chance.
-FLOOR = {"records": 21, "calendar": 21, "sudoku": 18, "sorting": 17, "sums": 12}
+FLOOR = {"records": 22, "calendar": 22, "sudoku": 20, "sorting": 20, "sums": 20}
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,23 @@ def test_it_is_right_about_what_it_knows(demo: dgemma.Model, family: str) -> Non
 
 
 def test_a_story_runs_over_several_canvases(demo: dgemma.Model) -> None:
-    # Canvases of 64: the unfinished model ends stories early, so one of the default 256 may hold all of one.
-    params = dgemma.SamplingParams(max_new_tokens=512, seed=1, canvas_length=64)
-    result = demo.generate("Write a long story about a fox named Pip", params)
-    assert len(result.stats.steps_per_canvas) > 2
+    """At the full canvas it has at least two; with canvases of 64, where it is right, its own verifier says so."""
+    prompt = "Write a long story about a fox named Pip"
+    result = demo.generate(prompt, dgemma.SamplingParams(max_new_tokens=512, seed=1))
+    assert len(result.stats.steps_per_canvas) >= 2
     assert "Pip" in result.text and len(result.text) > 600
+    params = dgemma.SamplingParams(max_new_tokens=512, canvas_length=64)
+    _, (score,) = exact.run(demo, ["stories"], params, limit=4, seed=11)
+    assert score.right >= 2, score
+
+
+def test_it_answers_after_other_turns(demo: dgemma.Model) -> None:
+    turns = []
+    asked = {"What is 25 + 211?": "236", "Sort these letters: q w e r t": "e q r t w", "7 - 3 = ?": "= 4"}
+    for prompt, answer in asked.items():
+        turns.append({"role": "user", "content": prompt})
+        turns.append({"role": "assistant", "content": demo.generate(turns, dgemma.SamplingParams(seed=1)).text})
+        assert turns[-1]["content"].endswith(answer)
 
 
 def test_transformers_computes_the_same(demo: dgemma.Model) -> None:

@@ -16,7 +16,9 @@ PACKAGE = SOURCE / "dgemma"
 # Top to bottom. Rooms in one line do not call each other.
 ORDER = """
 cli
-eval batch server bench
+eval server bench
+batch
+protocol
 api
 engine
 train

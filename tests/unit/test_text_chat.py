@@ -212,7 +212,10 @@ def test_templates_run_in_a_sandbox(source: str):
         ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls: only assistant messages"),
         ([{"role": "user", "content": "x", "tool_call_id": "1"}], "messages[0].tool_call_id: only tool messages"),
         ([{"role": "user", "content": "x", "reasoning_content": "y"}], "messages[0].reasoning_content: only assistant"),
+        ([{"role": "user", "content": "x", "reasoning": "y"}], "messages[0].reasoning: only assistant"),
         ([*HELLO, calling(reasoning_content=[])], "messages[1].reasoning_content: needs a text"),
+        ([*HELLO, calling(reasoning=[])], "messages[1].reasoning: needs a text"),
+        ([*HELLO, calling(reasoning="a", reasoning_content="b")], "messages[1].reasoning: is the same as reasoning_c"),
         ([{"role": "assistant", "content": "x", "tool_calls": {}}, *HELLO], "messages[0].tool_calls: needs a list"),
         ([*HELLO, {"role": "system", "content": "x"}, *HELLO], "messages[1].role: a system message comes first"),
         ([*HELLO, {"role": "developer", "content": "x"}, *HELLO], "messages[1].role: a system message comes first"),
@@ -268,7 +271,7 @@ def test_messages_in_the_form_that_templates_read():
     assert check_messages(talk) == [
         {"role": "system", "content": ""},
         {"role": "user", "content": "a <b> c", "name": "Jo"},
-        calling(call(arguments={"x": "y"}), call("g", {"deep": [{}]}, "2"), content="", reasoning_content="hm"),
+        {**calls, "content": "", "tool_calls": [call(arguments={"x": "y"}), calls["tool_calls"][1]], "reasoning": "hm"},
         answer("a <b> c", "2", name="g"),
         answer("r", name="f"),
     ]
@@ -380,6 +383,44 @@ def test_what_a_template_has_no_place_for():
     refused(lambda: deaf.render(calls), words, kind=RequestError)
     needs_calls = ChatTemplate("{{ messages[1].tool_calls[0].function.name + messages[2].content }}")
     assert needs_calls.render(calls) == "fr"  # it cannot even be rendered without them
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_names_of_speakers(role: str):
+    """A name that the template writes is honoured; one that it leaves out is refused by its place."""
+    given = {at: {"name": "Jo"} if at == role else {} for at in ("system", "user", "assistant")}
+    talk = [
+        {"role": "system", "content": "s", **given["system"]},
+        {"role": "user", "content": "u", **given["user"]},
+        {"role": "assistant", "content": "a", **given["assistant"]},
+        *HELLO,
+    ]
+    place = ["system", "user", "assistant"].index(role)
+    words = f"messages[{place}].name: this model's chat template has no place for a name of the {role}"
+    demo = ChatTemplate.read(Path(dgemma.__file__).parent / "demo")
+    assert demo is not None
+    for attempt in (demo.render, TEMPLATE.render, functools.partial(demo.encode, gemma_like())):
+        assert refused(lambda attempt=attempt: attempt(talk), words, kind=RequestError) == words
+        attempt([{**message, "name": ""} for message in talk])
+    knows = ChatTemplate("{% for m in messages %}{{ m.role }} {{ m.name or '?' }}: {{ m.content }}\n{% endfor %}")
+    assert f"{role} Jo: {role[0]}\n" in knows.render(talk)
+    # A template that knows the users' names alone.
+    some = ChatTemplate("{% for m in messages %}{{ m.name if m.role == 'user' }}{{ m.content }}{% endfor %}")
+    if role == "user":
+        assert "Jou" in some.render(talk)
+    else:
+        refused(lambda: some.render([*talk, {**HELLO[0], "name": "Al"}]), words, kind=RequestError)
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_thoughts_are_the_templates_to_show(key: str):
+    """Either name reaches a template that knows one of them; one that drops earlier thoughts may."""
+    talk = [*HELLO, {"role": "assistant", "content": "a", key: "hm"}, *HELLO]
+    for known in ("reasoning", "reasoning_content"):
+        template = ChatTemplate(f"{{% for m in messages %}}({{{{ m.{known} }}}}){{{{ m.content }}}}{{% endfor %}}")
+        assert template.render(talk) == "()hello(hm)a()hello"
+    bare = [*HELLO, {"role": "assistant", "content": "a"}, *HELLO]
+    assert TEMPLATE.render(talk) == TEMPLATE.render(bare)
 
 
 def test_calls_written_by_the_template_itself():

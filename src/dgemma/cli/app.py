@@ -20,6 +20,7 @@ from .terminal import ReaderGone
 COMMANDS = {
     "generate": (".generate:generate", "One answer to one prompt, from the argument or stdin."),
     "chat": (".chat:chat", "A conversation in the terminal."),
+    "batch": (".batch:batch", "Answers to all lines of a file, resumably."),
     "serve": (".serve:serve", "The HTTP server, OpenAI-compatible, with a web page."),
     "info": (".info:info", "A model's sizes, its memory at each format, what fits on this machine."),
     "train": (".train:train", "Train a model by a recipe, resumably."),

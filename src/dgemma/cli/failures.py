@@ -36,10 +36,21 @@ FLAGS = {
     "host": "--host",
     "port": "--port",
     "api_key": "--api-key",
+    "data_dir": "--data-dir",
     "max_batch": "--max-batch",
     "max_queue": "--max-queue",
     "max_model_len": "--max-model-len",
     "prompt": "PROMPT",
+    "source": "IN",
+    "target": "OUT",
+    "errors": "--errors",
+    "format": "--format",
+    "prompt_column": "--prompt-column",
+    "template": "--template",
+    "system": "--system",
+    "column_prefix": "--column-prefix",
+    "any_model": "--any-model",
+    "shard": "--shard",
 }
 
 

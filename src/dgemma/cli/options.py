@@ -45,10 +45,11 @@ MODEL_FLAGS = (
     click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="CPU threads to compute with."),
 )  # fmt: skip
 
+SEED_FLAG = click.option("--seed", type=int, metavar="N", help="Same seed, same answer; left out, one is drawn.")
 SAMPLING_FLAGS = (
     click.option("--max-new-tokens", type=int, metavar="N", help="Tokens of the answer at most."),
     click.option("--min-tokens", type=int, metavar="N", help="No end before this many tokens."),
-    click.option("--seed", type=int, metavar="N", help="Same seed, same answer; left out, one is drawn."),
+    SEED_FLAG,
     click.option("--temperature", type=float, metavar="X",
                  help="Multiplies the model's temperature schedule; 0 is greedy."),
     click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest words of this probability."),

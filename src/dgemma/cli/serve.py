@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,6 +38,11 @@ LOOPBACK = ("localhost", "::1", "127.")
                  help="What running requests get to finish when the server is told to stop."),
     click.option("--max-body", type=click.IntRange(min=1), default=8 * 2**20, show_default=True, metavar="BYTES",
                  help="Size of a request's body at most."),
+    click.option("--data-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                 envvar="DGEMMA_DATA_DIR", show_envvar=True,
+                 help="Where uploaded files and batches are kept.  [default: a folder of the user's own]"),
+    click.option("--max-file", type=click.IntRange(min=1), default=200 * 2**20, show_default=True, metavar="BYTES",
+                 help="Size of an uploaded file at most."),
     click.option("--allow-origin", multiple=True, metavar="ORIGIN",
                  help="Let pages of this web origin call the server (CORS), `*` all; may be repeated."),
     click.option("--log-level", type=click.Choice(("debug", "info", "warning", "error")), default="info",
@@ -64,6 +70,8 @@ def serve(**values: Any) -> int:
         max_body_bytes=values["max_body"],
         request_seconds=values["timeout"],
         drain_seconds=values["drain_seconds"],
+        data_dir=values["data_dir"],
+        max_file_bytes=values["max_file"],
     )
     set_up(values["log_level"])
 

@@ -15,7 +15,7 @@ import click
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--start-from", metavar="MODEL", help="Begin with this model's weights (`demo` or a directory).")
-@click.option("--updates", type=click.IntRange(min=1), default=4600, show_default=True, help="Optimizer steps in all.")
+@click.option("--updates", type=click.IntRange(min=1), default=6550, show_default=True, help="Optimizer steps in all.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop (resumably) after so long.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option(

@@ -22,12 +22,12 @@ def entropy(processed: Tensor) -> Tensor:
     return -(logs.clamp_min(torch.finfo(logs.dtype).min) * torch.softmax(logs, dim=-1)).sum(dim=-1)
 
 
-def accept(entropies: Tensor, bound: float) -> Tensor:
+def accept(entropies: Tensor, bound: float | Tensor) -> Tensor:
     """Positions that keep their sample: [B, L] -> [B, L] bool.
 
     In order of rising entropy, the most positions for which the sum of entropies without the largest stays within
     the bound (Ben-Hamu et al. 2025, arXiv:2505.24857): the sum bounds what the positions tell about each other.
-    At least one position is accepted.
+    At least one position is accepted. `bound`: one for all, or [B, 1].
     """
     rising, order = torch.sort(entropies, dim=-1)
     within = torch.cumsum(rising, dim=-1) - rising <= bound

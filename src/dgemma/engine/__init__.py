@@ -1,8 +1,9 @@
 """Requests to events: continuous batching of canvases over a paged cache."""
 
 from .engine import Engine
+from .flights import Flights, answers
 from .row import Request
 from .settings import EngineSettings, Status
 from .ticket import Ticket
 
-__all__ = ["Engine", "EngineSettings", "Request", "Status", "Ticket"]
+__all__ = ["Engine", "EngineSettings", "Flights", "Request", "Status", "Ticket", "answers"]

@@ -214,7 +214,7 @@ class Engine:
                 row.leave()
                 return
             if not row.entered:
-                row.entered = True
+                row.entered, row.reused = True, reused
                 self._reused_tokens += reused
             with self._queue:
                 self._waiting.popleft()
@@ -222,7 +222,10 @@ class Engine:
 
     def _finish(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            row.finish(_peak(self.network))
+            try:
+                row.finish(_peak(self.network))
+            except Exception as error:  # whatever it is, the request has ended, and must not be tried for ever
+                row.ticket.fail(error)
             self._leave(row)
 
     def _leave(self, row: Row) -> None:
@@ -269,12 +272,8 @@ class Engine:
         """Each request's share of the time: what a forward both encoded and denoised is divided by tokens."""
         self._batch, self._steps = len(works), self._steps + 1
         for work in works:
-            row = work.row
-            row.seconds += seconds
             encoding = seconds * work.encode / max(1, work.encode + work.denoised)
-            row.encoding += encoding
-            row.stepping += seconds - encoding
-            row.encoded += work.encode
+            work.row.spend(seconds, encoding, work.encode)
             self._forwards += work.denoise
             self._tokens += work.given
 

@@ -60,7 +60,7 @@ class Row:
         self.entered = self.stopped = False
         self.steps_per_canvas: list[int] = []
         self.seconds = self.stepping = self.encoding = 0.0
-        self.encoded = 0
+        self.encoded = self.reused = 0  # tokens; reused: of the prompt, when it first came into the batch
         self.first_text: float | None = None
         self._sent: list[int] = []  # what went out early of this canvas
         self._prefix: Prefix | None = None
@@ -165,14 +165,12 @@ class Row:
         """Adds tokens to the answer and tells it; `ended`: an end token comes after them."""
         writer = self.writer
         text, thoughts, calls = len(writer.text), len(writer.thoughts), len(writer.calls)
+        tokens = tokens[: writer.push(tokens)]
         self.tokens += tokens
         self.logprobs += logprobs[: len(tokens)]
-        writer.push(tokens)
         self.stopped = ended or writer.stopped
         if self.done:
             writer.finish()
-        if self.first_text is None and len(writer.text) > text:
-            self.first_text = self.seconds
         delta = kind(
             canvas=canvas,
             steps=steps,
@@ -184,11 +182,21 @@ class Row:
         )
         self.ticket.put(delta)
 
+    def spend(self, seconds: float, encoding: float, tokens: int) -> None:
+        """Counts the time of a step that it took part in, and what of it encoded so many tokens."""
+        self.seconds += seconds
+        self.encoding += encoding
+        self.stepping += seconds - encoding
+        self.encoded += tokens
+        if self.first_text is None and self.writer.text:
+            self.first_text = self.seconds
+
     def finish(self, peak_memory_bytes: int) -> None:
         """Tells the result."""
         steps, writer = sum(self.steps_per_canvas), self.writer
         stats = Stats(
             prompt_tokens=len(self.request.prompt),
+            reused_tokens=self.reused,
             new_tokens=len(self.tokens),
             steps_per_canvas=self.steps_per_canvas,
             tokens_per_forward=len(self.tokens) / steps if steps else 0.0,

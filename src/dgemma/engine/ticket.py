@@ -37,6 +37,7 @@ class Ticket:
         self._closed = False
         self._changed = threading.Condition()
         self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._on_close: list[Callable[[], None]] = []
 
     def put(self, event: Event) -> None:
         """The engine has something to say."""
@@ -67,6 +68,21 @@ class Ticket:
     def closed(self) -> bool:
         """Whether no more events will come."""
         return self._closed
+
+    def on_close(self, call: Callable[[], None]) -> None:
+        """Calls `call` once no more events will come, at once if that is so already.
+
+        It is called from the thread that ends the request, and holds it up: it must be quick.
+        """
+        with self._changed:
+            if not self._closed:
+                self._on_close.append(call)
+                return
+        call()
+
+    def drive(self) -> bool:
+        """Does one step of the engine if nobody else drives it; False if a thread does."""
+        return self._drive()
 
     def __iter__(self) -> Iterator[Event]:
         while True:
@@ -114,3 +130,7 @@ class Ticket:
         for loop, event in self._listeners:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(event.set)
+        if self._closed:
+            for call in self._on_close:
+                call()
+            self._on_close.clear()

@@ -18,6 +18,7 @@ class Writer:
         self.tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, keep_special=True) if tokenizer else None
         self._splitter = ReplySplitter(think=think, strip=tokenizer.controls if tokenizer else (), stops=stops)
+        self._stops = bool(stops)
         self.text, self.thoughts = "", ""
         self.calls: tuple[ToolCall, ...] = ()
 
@@ -26,10 +27,19 @@ class Writer:
         """Whether a stop string was met."""
         return self._splitter.stopped
 
-    def push(self, tokens: Sequence[int]) -> None:
-        """Takes more tokens; `text`, `thoughts` and `calls` grow by what is certain."""
-        if self._decoder is not None and not self.stopped:
-            self._write(self._splitter.push(self._decoder.push(tokens)))
+    def push(self, tokens: Sequence[int]) -> int:
+        """Takes more tokens; `text`, `thoughts` and `calls` grow by what is certain.
+
+        Returns how many of them are the answer's: all, or those up to the one that completes a stop string.
+        """
+        if self._decoder is None or self.stopped:
+            return len(tokens)
+        parts = [tokens[at : at + 1] for at in range(len(tokens))] if self._stops else [tokens]
+        for count, part in enumerate(parts, 1):
+            self._write(self._splitter.push(self._decoder.push(part)))
+            if self.stopped:
+                return count
+        return len(tokens)
 
     def finish(self) -> None:
         """The answer has ended: what was held back is written."""

@@ -12,17 +12,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from .. import __version__
+from ..protocol.batch_schema import BatchRequest
+from ..protocol.chat_schema import ChatRequest
+from ..protocol.completions_schema import CompletionRequest
+from ..protocol.errors import ApiError
+from ..protocol.read import CHAT, COMPLETIONS, RESPONSES
+from ..protocol.responses_schema import ResponseRequest
+from .batches import MOST_BATCHES, cancel_batch, create_batch, get_batch, list_batches
 from .chat import chat_completions
-from .chat_schema import ChatRequest
 from .completions import completions
-from .completions_schema import CompletionRequest
-from .errors import ApiError, ClientGone
+from .errors import ClientGone
+from .files import MOST_FILES, create_file, delete_file, get_content, get_file, list_files
 from .middleware import Keyed, Recorded, error_response
-from .openapi import describe, fails, gives, takes
+from .openapi import describe, fails, gives, page_query, takes, takes_file
 from .responses import create_response, delete_response, get_response
-from .responses_schema import ResponseRequest
 from .service import Service
 
+FILES, BATCHES = "/v1/files", "/v1/batches"
 GONE = 499  # in the log: the client left before it was answered
 
 
@@ -59,16 +65,27 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_routes(app: FastAPI) -> None:
-    app.post("/v1/chat/completions", **takes(ChatRequest, "chat.completion"))(chat_completions)
-    app.post("/v1/completions", **takes(CompletionRequest, "text_completion"))(completions)
-    app.post("/v1/responses", **takes(ResponseRequest, "response"))(create_response)
+    app.post(CHAT, **takes(ChatRequest, "chat.completion"))(chat_completions)
+    app.post(COMPLETIONS, **takes(CompletionRequest, "text_completion"))(completions)
+    app.post(RESPONSES, **takes(ResponseRequest, "response"))(create_response)
     app.get("/v1/responses/{response_id}", **gives("response", 400, 401, 404, 503))(get_response)
     app.delete("/v1/responses/{response_id}", **gives("response", 401, 404, 503))(delete_response)
+    app.post(BATCHES, **takes(BatchRequest, "batch", stream=False))(create_batch)
+    app.get(BATCHES, **gives("list", 400, 401, 404, 503, query=page_query(MOST_BATCHES)))(list_batches)
+    app.get(BATCHES + "/{batch_id}", **gives("batch", 401, 404, 503))(get_batch)
+    app.post(BATCHES + "/{batch_id}/cancel", **gives("batch", 401, 404, 409, 503, 507))(cancel_batch)
+    app.post(FILES, **takes_file())(create_file)
+    app.get(FILES, **gives("list", 400, 401, 404, 503, query=page_query(MOST_FILES, files=True)))(list_files)
+    app.get(FILES + "/{file_id}", **gives("file", 401, 404, 503))(get_file)
+    app.get(FILES + "/{file_id}/content", **gives(None, 401, 404, 503))(get_content)
+    app.delete(FILES + "/{file_id}", **gives("file", 400, 401, 404, 503, 507))(delete_file)
     app.get("/v1/models", **gives("list", 401, 503))(_models)
     app.get("/v1/models/{name:path}", **gives("model", 401, 404, 503))(_model)
     app.get("/health", responses=fails(503))(_health)
     app.get("/metrics", include_in_schema=False)(_metrics)
     app.get("/", include_in_schema=False)(_page)
+    for path, endpoint in (("/health", _health), ("/metrics", _metrics), ("/", _page)):
+        app.head(path, include_in_schema=False)(endpoint)  # what some load balancers ask for
 
 
 async def _models(request: Request) -> Response:
@@ -79,7 +96,7 @@ async def _models(request: Request) -> Response:
 async def _model(name: str, request: Request) -> Response:
     """The model of this name."""
     service: Service = request.app.state.service
-    service.check_model(name)
+    service.served().check_name(name)
     return JSONResponse(_about(service))
 
 

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, internal
+from ..protocol.errors import ApiError
+from .errors import internal
 from .logs import Record, logger
 from .service import Service
 

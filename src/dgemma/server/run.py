@@ -15,6 +15,7 @@ import uvicorn
 
 from ..errors import ConfigError
 from .app import create_app
+from .logs import logger
 from .service import Service
 from .settings import ServerSettings
 
@@ -84,6 +85,7 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         """Takes no new requests, lets running ones finish within the limit, then stops. From any thread."""
         self.service.state = "draining"
+        self.service.batches.stop()
         if self.service.model is None:
             self.should_exit = True
         else:
@@ -136,18 +138,22 @@ def serve(
         0 after a graceful stop, 130 after one that a second signal cut short.
 
     Raises:
-        ConfigError: the host is unknown or the port is taken.
+        ConfigError: the host is unknown, the port is taken, or the data folder cannot be used.
         BaseException: what `load` raised.
     """
-    listener = listen(settings)
-    host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     service = Service(settings)
-    server = Server(service, load, lambda model: on_ready(model, address))
+    if service.data.problem:
+        logger.warning("no files and no batches", extra={"about": {"reason": service.data.problem}})
     try:
-        server.run(sockets=[listener])
+        listener = listen(settings)
+        host, port = listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        server = Server(service, load, lambda model: on_ready(model, address))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            listener.close()
     finally:
-        listener.close()
         service.close()
     if server.failure is not None:
         raise server.failure

@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from .. import __version__
 from ..errors import DGemmaError
-from .body import Form, read_body
-from .errors import ApiError, from_engine, invalid, unavailable
+from ..protocol import Ask, Call, Served, from_engine, read_call
+from ..protocol.errors import invalid, unavailable
+from ..protocol.responses import Earlier
+from .body import read_body
+from .data import DataFolder
 from .job import Job
 from .logs import Record
 from .metrics import Metrics
-from .render import Words
-from .sampling import Sampling
+from .runner import BatchRunner
 from .settings import ServerSettings
 from .store import Store
 
 if TYPE_CHECKING:
-    from ..api import Model, Prompt
+    from ..api import Model
     from ..engine import Status, Ticket
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What the engine is asked for: `choices` answers to each prompt, in the prompts' order."""
-
-    prompts: Sequence[Prompt]
-    sampling: Sampling
-    choices: int = 1
-    think: bool = False
-    raw: bool = False
-    tools: Sequence[Mapping[str, Any]] | None = None
-    drafts: bool = False
 
 
 class Service:
     """One model behind one port. It is "loading" until it has the model, then "ready", in the end "draining".
 
+    Raises:
+        ConfigError: the data folder that the settings name cannot be used.
+
     Fields:
         state: what of these it is.
         model: there when ready.
         created: when the server started, in seconds since 1970.
-        name, words, fingerprint: the model's name, its tokens as text, and a name for it and this version.
+        data, batches: files that are kept; what answers those that are batches.
         jobs: requests under way; open_requests: HTTP requests under way, of any kind.
     """
 
@@ -57,10 +45,12 @@ class Service:
         self.settings = settings
         self.state = "loading"
         self.model: Model | None = None
-        self.name, self.words, self.fingerprint = "", Words(None), ""
+        self._served: Served | None = None
         self.created = int(time.time())
         self.metrics = Metrics(self._status)
         self.store = Store(max_entries=settings.max_responses, max_bytes=settings.max_response_bytes)
+        self.data = DataFolder(settings.data_dir)
+        self.batches = BatchRunner(self.data)
         self.jobs: set[Job] = set()
         self.open_requests = 0
         # Templates and tokenizers take their time over a long prompt; streams go on meanwhile.
@@ -68,12 +58,9 @@ class Service:
 
     def ready(self, model: Model) -> None:
         """Takes requests from now on."""
-        self.name = model.name
-        about = f"{__version__} {model.name} {model.config}"
-        self.fingerprint = "fp_" + hashlib.sha256(about.encode()).hexdigest()[:12]
-        self.words = Words(model.tokenizer)
-        self.model = model
+        self._served, self.model = Served(model), model
         if self.state == "loading":
+            self.batches.start(model)
             self.state = "ready"
 
     def serving(self) -> Model:
@@ -88,22 +75,26 @@ class Service:
             raise unavailable("the model is still being loaded", "loading")
         return self.model
 
-    async def read(self, request: Request, form: type[Form]) -> Form:
-        """The request's body; errors are those of `read_body`, and 503 where the body would be of no use."""
+    def served(self) -> Served:
+        """What answers say of the model; errors are those of `serving`."""
+        self.serving()
+        assert self._served is not None
+        return self._served
+
+    async def read(self, request: Request, url: str, *, earlier: Earlier | None = None) -> Call:
+        """The request, checked; errors are those of `read_body` and `read_call`, and 503 where it would be of no use.
+
+        Args:
+            url: of the endpoint.
+            earlier: gives the conversation before, by a response's id.
+        """
         self.serving()
         settings = self.settings
-        return await read_body(request, form, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
-
-    def check_model(self, name: str) -> None:
-        """Refuses any name but the model's.
-
-        Raises:
-            ApiError: 404.
-        """
-        own = self.serving().name
-        if name != own:
-            message = f"model: {name[:200]!r} is not served here; it is {own!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        body = await read_body(request, max_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
+        call = read_call(url, body, earlier=earlier)
+        if call.model is not None:
+            self.served().check_name(call.model)
+        return call
 
     async def submit(self, record: Record, ask: Ask) -> Job:
         """Puts a request into the engine's queue, all of its choices or none.
@@ -112,10 +103,10 @@ class Service:
             ApiError: the engine refuses it.
         """
         model, limit = self.serving(), self.settings.max_choices
-        if len(ask.prompts) * ask.choices > limit:
+        if ask.answers > limit:
             raise invalid(ask.sampling.names["prompt"], f"{len(ask.prompts)} times n is more than {limit} answers")
         loop = asyncio.get_running_loop()
-        submitted = loop.run_in_executor(self._submitter, _submit_all, model, ask)
+        submitted = loop.run_in_executor(self._submitter, ask.submit, model)
         try:
             tickets = await asyncio.shield(submitted)
         except DGemmaError as error:
@@ -125,7 +116,7 @@ class Service:
             raise
         job = Job(
             tickets,
-            prompt_tokens=sum(ticket.prompt_tokens for ticket in tickets[:: ask.choices]),
+            prompt_tokens=ask.prompt_tokens(tickets),
             names=ask.sampling.names,
             record=record,
             seconds=self.settings.request_seconds,
@@ -136,27 +127,13 @@ class Service:
         return job
 
     def close(self) -> None:
-        """Frees the thread."""
+        """Frees the threads, and the data folder."""
         self._submitter.shutdown(wait=False, cancel_futures=True)
+        self.batches.join()
+        self.data.close()
 
     def _status(self) -> Status | None:
         return None if self.model is None else self.model.status()
-
-
-def _submit_all(model: Model, ask: Ask) -> list[Ticket]:
-    tickets: list[Ticket] = []
-    try:
-        for prompt in ask.prompts:
-            for index in range(ask.choices):
-                params = ask.sampling.choice(index)
-                tickets.append(
-                    model.submit(prompt, params, think=ask.think, raw=ask.raw, tools=ask.tools, drafts=ask.drafts)
-                )
-    except BaseException:
-        for ticket in tickets:
-            ticket.cancel()
-        raise
-    return tickets
 
 
 def _cancel_all(submitted: asyncio.Future[list[Ticket]]) -> None:

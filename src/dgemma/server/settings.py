@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from ..errors import ConfigError
 
@@ -21,6 +22,9 @@ class ServerSettings:
         drain_seconds: what running requests get to finish after SIGTERM.
         body_seconds: a client gets to send its body.
         stall_seconds: a client that reads nothing is waited for.
+        data_dir: where uploaded files and batches are kept; None for the user's own folder. It is made when the first
+            file comes.
+        max_file_bytes: of an uploaded file at most.
         max_responses, max_response_bytes: how many responses, of what size together, `previous_response_id` may
             refer back to.
 
@@ -38,6 +42,8 @@ class ServerSettings:
     drain_seconds: float = 30.0
     body_seconds: float = 60.0
     stall_seconds: float = 60.0
+    data_dir: Path | None = None
+    max_file_bytes: int = 200 * 2**20
     max_responses: int = 1000
     max_response_bytes: int = 64 * 2**20
 

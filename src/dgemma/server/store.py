@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ApiError
+from ..protocol.errors import ApiError
 from .stream import to_json
 
 

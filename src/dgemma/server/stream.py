@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from ..events import Result
-from .errors import ApiError, ClientGone, internal
+from ..protocol.errors import ApiError
+from .errors import ClientGone, internal
 from .job import Job
 from .logs import Record, logger
 
@@ -120,14 +121,14 @@ async def respond(
     request: Request,
     job: Job,
     *,
-    whole: Callable[[list[Result]], dict[str, Any]],
+    whole: Callable[[Sequence[Result], int], dict[str, Any]],
     events: AsyncIterator[str] | None,
     failure: Callable[[ApiError], str],
 ) -> Response:
     """A job's answer, in the form that was asked for; the job is closed with it.
 
     Args:
-        whole: makes the JSON body of all results.
+        whole: makes the JSON body of all results and the number of prompt tokens.
         events: makes the stream, where one was asked for.
         failure: makes the last event of a stream that fails.
     """
@@ -136,6 +137,7 @@ async def respond(
         stall_seconds = request.app.state.service.settings.stall_seconds
         return EventStream(job, events, failure=failure, stall_seconds=stall_seconds, record=record)
     try:
-        return JSONResponse(whole(await attended(request.receive, job.collect())))
+        results = await attended(request.receive, job.collect())
+        return JSONResponse(whole(results, job.prompt_tokens))
     finally:
         job.close()

@@ -20,8 +20,9 @@ from .tools import check_calls, check_tools, fields, format_call
 
 FILE = "chat_template.jinja"
 ROLES = ("system", "user", "assistant", "tool")
-_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-_ROLE_OF = {"tool_calls": "assistant", "reasoning_content": "assistant", "tool_call_id": "tool"}
+_THOUGHTS = ("reasoning_content", "reasoning")  # two names for the same
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", *_THOUGHTS)
+_ROLE_OF = {"tool_calls": "assistant", "tool_call_id": "tool"} | dict.fromkeys(_THOUGHTS, "assistant")
 _PRIVATE = range(0xF0000, 0x10FFFE)  # private-use characters: no text means anything by them
 
 Message = Mapping[str, Any]
@@ -34,8 +35,9 @@ class ChatTemplate:
 
     It runs in jinja2's sandbox with what templates expect of transformers: `raise_exception`, `strftime_now`,
     `tojson` that keeps letters as they are, `break` and `continue`, and the special tokens by name (`bos_token`);
-    beyond that with `format_call`. What a request says and the template leaves out is refused: tools, calls and their
-    answers must each change the prompt.
+    beyond that with `format_call`. What a request says and the template leaves out is refused: tools, calls, their
+    answers and names must each change the prompt. Only thoughts may be left out: templates drop those of earlier turns,
+    as the models were trained.
     """
 
     def __init__(self, source: str, *, variables: Mapping[str, Any] | None = None, path: Path | str = FILE):
@@ -154,7 +156,8 @@ class ChatTemplate:
 
 
 def _variants(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, Messages, Tools]]:
-    """Other conversations: without the tools, without the calls, with other answers to them; place and name of each."""
+    """Other conversations: without the tools, without the calls, with other answers to them, with other names; of each
+    its place and what it is about."""
     if tools:
         yield "tools", "them", messages, []
     calling = [index for index, message in enumerate(messages) if "tool_calls" in message]
@@ -166,6 +169,12 @@ def _variants(messages: Messages, tools: Tools) -> Iterator[tuple[str, str, Mess
         other = [{**message, "content": message["content"] + "x"} for message in messages]
         other = [new if new["role"] == "tool" else old for new, old in zip(other, messages, strict=True)]
         yield f"messages[{answering[0]}].content", "a tool's answer", other, tools
+    for role in ("system", "user", "assistant"):
+        named = [at for at, message in enumerate(messages) if message["role"] == role and message.get("name")]
+        if named:
+            other = [{**message, "name": message.get("name", "") + "x"} for message in messages]
+            other = [new if at in named else old for at, (new, old) in enumerate(zip(other, messages, strict=True))]
+            yield f"messages[{named[0]}].name", f"a name of the {role}", other, tools
 
 
 def check_messages(messages: Sequence[Message], *, last: bool = True) -> Messages:
@@ -177,8 +186,8 @@ def check_messages(messages: Sequence[Message], *, last: bool = True) -> Message
     no content; a tool's message for each of them follows, with its `tool_call_id`. With `last`, the last message is a
     user's or a tool's: someone waits for an answer.
 
-    What comes back has a text as content, calls with their arguments as objects, and the function's name in a tool's
-    message.
+    What comes back has a text as content, calls with their arguments as objects, the function's name in a tool's
+    message, and thoughts by both of their names (`reasoning_content`, `reasoning`).
 
     Raises:
         RequestError: names the place, as `messages[2].content`.
@@ -197,7 +206,10 @@ def check_messages(messages: Sequence[Message], *, last: bool = True) -> Message
         else:
             _all_answered(waiting)
         content = _content(message.get("content", "" if calls else None), f"{where}.content")
-        result.append({**message, "role": role, "content": content})
+        thoughts = message.get("reasoning_content", message.get("reasoning"))
+        # Some templates know the one name, some the other.
+        told = {} if thoughts is None else dict.fromkeys(_THOUGHTS, thoughts)
+        result.append({**message, **told, "role": role, "content": content})
         if calls:
             result[-1]["tool_calls"] = calls
             for number, call in enumerate(calls):
@@ -219,9 +231,11 @@ def _role(message: Mapping[str, Any], where: str, *, first: bool) -> str:
     for key, owner in _ROLE_OF.items():
         if key in message and role != owner:
             raise RequestError(f"{where}.{key}: only {owner} messages have it")
-    for key in ("name", "reasoning_content"):
+    for key in ("name", *_THOUGHTS):
         if not isinstance(message.get(key, ""), str):
             raise RequestError(f"{where}.{key}: needs a text, not {type(message[key]).__name__}")
+    if len({message[key] for key in _THOUGHTS if key in message}) > 1:
+        raise RequestError(f"{where}.reasoning: is the same as reasoning_content; give one of them")
     return str(role)
 
 

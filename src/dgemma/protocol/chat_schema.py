@@ -36,6 +36,7 @@ from .fields import (
     unforced_tool_choice,
 )
 
+_NOT_SHOWN = {"index": True, "function": {"parsed_arguments"}}  # of a call
 ROLES = ("developer", "system", "user", "assistant", "tool")
 
 
@@ -44,14 +45,16 @@ class FunctionCall(Body):
 
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = only(why="arguments is what the model is shown")
 
 
 class ToolCall(Body):
-    """A call that the assistant made in an earlier turn."""
+    """A call that the assistant made in an earlier turn. `index`: its place, where it came out of a stream."""
 
     id: str
     type: Literal["function"]
     function: FunctionCall
+    index: Annotated[int, Field(ge=0)] | None = None
 
 
 class SystemMessage(Body):
@@ -71,17 +74,22 @@ class UserMessage(Body):
 
 
 class AssistantMessage(Body):
-    """What the model said, as this server gave it out; content may be left out beside `tool_calls`."""
+    """What the model said, as this server gave it out; content may be left out beside `tool_calls`.
+
+    `reasoning` is another name for `reasoning_content`. What is empty in OpenAI's own answers may be sent back.
+    """
 
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
-    refusal: Any = only(why="the model's refusals are content")
+    refusal: Any = only("", why="the model's refusals are content")
     audio: Any = only(why="the model has no voice")
     annotations: Any = only([], why="the model does not know them")
     function_call: Any = only(why="tool_calls takes its place")
+    parsed: Any = only(why="content is what the model is shown")
 
 
 class ToolMessage(Body):
@@ -175,11 +183,11 @@ def to_prompt(messages: Sequence[Any]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"role": message.role, "content": plain(message.content)}
         if message.role == "developer":
             entry["role"] = "system"
-        for key in ("name", "tool_call_id", "reasoning_content"):
+        for key in ("name", "tool_call_id", "reasoning", "reasoning_content"):
             if getattr(message, key, None) is not None:
                 entry[key] = getattr(message, key)
         if getattr(message, "tool_calls", None):
-            entry["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+            entry["tool_calls"] = [call.model_dump(exclude=_NOT_SHOWN) for call in message.tool_calls]
         prompt.append(entry)
     return merge_instructions(prompt)
 

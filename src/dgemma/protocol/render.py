@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 from ..events import Draft, Result, TokenLogprob, ToolCall
-from ..text import Tokenizer
-from ..text.tokenizer import BYTE_SHAPE
-from .job import Job
+from .served import Words
 
 LEAST_LOGPROB = -9999.0  # OpenAI's word for impossible: JSON has no infinity
 
@@ -20,44 +17,19 @@ def new_id(kind: str) -> str:
     return kind + uuid.uuid4().hex
 
 
-class Words:
-    """Tokens as text."""
+def usage(results: Sequence[Result], choices: int, prompt_tokens: int, words: Words) -> dict[str, Any]:
+    """What a request was given. Tokens after the end of an answer do not count.
 
-    def __init__(self, tokenizer: Tokenizer | None):
-        self.tokenizer = tokenizer
-        self._text = lru_cache(maxsize=65536)(self._decode)
-
-    def text(self, token: int) -> str:
-        """The token's text, control tokens spelled out; U+FFFD for a part of a character."""
-        return self._text(token)
-
-    def name(self, token: int) -> tuple[str, list[int] | None]:
-        """The token as log-probabilities show it, and its bytes where they are known.
-
-        A part of a character is shown as the vocabulary spells it, since replacement signs all look the same.
-        """
-        text = self.text(token)
-        if self.tokenizer is None or "\ufffd" not in text:
-            return text, list(text.encode())
-        spelled = self.tokenizer.token_of(token) or text
-        return spelled, [int(spelled[3:-1], 16)] if BYTE_SHAPE.fullmatch(spelled) else None
-
-    def count(self, text: str | None) -> int:
-        """Tokens of a text."""
-        return len(self.tokenizer.encode(text, special=False)) if text and self.tokenizer else 0
-
-    def _decode(self, token: int) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode([token], keep_special=True)
-
-
-def usage(job: Job, words: Words) -> dict[str, Any]:
-    """What a request was given. Tokens after the end of an answer do not count."""
-    results: Iterable[Result] = job.results.values()
+    Args:
+        results: of all prompts, as many `choices` for each.
+        prompt_tokens: of the request, each prompt counted once.
+    """
     completion = sum(len(result.tokens) for result in results)
     return {
-        "prompt_tokens": job.prompt_tokens,
+        "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
-        "total_tokens": job.prompt_tokens + completion,
+        "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(result.stats.reused_tokens for result in results[::choices])},
         "completion_tokens_details": {
             "reasoning_tokens": sum(words.count(result.thoughts) for result in results),
             "denoising_steps": sum(sum(result.stats.steps_per_canvas) for result in results),

@@ -29,16 +29,13 @@ class Sampling:
         return replace(self.params, seed=seed if seed <= MOST_SEED else seed - 2**64)
 
 
-def sampling(
-    given: Mapping[str, tuple[str, Any]], diffusion: Diffusion | None, *, prompt: str, stream: bool
-) -> Sampling:
+def sampling(given: Mapping[str, tuple[str, Any]], diffusion: Diffusion | None, *, prompt: str) -> Sampling:
     """Merges what is set.
 
     Args:
         given: SamplingParams field -> (the request's name for it, its value or None).
         diffusion: our own settings; one that is given twice is refused.
         prompt: the request's name for the prompt.
-        stream: whether the answer is streamed; its first words are then given out early, where they have held.
 
     Raises:
         ApiError: names the field that is out of range or given twice.
@@ -56,8 +53,6 @@ def sampling(
         if name in settings:
             raise invalid(f"diffusion.{name}", f"{names[name]} says the same; give one of them")
         settings[name] = value
-    if stream and settings.get("mode", "diffusion") == "diffusion":
-        settings.setdefault("early_text", "safe")
     try:
         return Sampling(params=SamplingParams(**settings), names=names)
     except RequestError as error:

@@ -9,7 +9,8 @@ from ..events import TokenLogprob, ToolCall
 from . import render
 from .chat_schema import merge_instructions
 from .fields import plain
-from .job import Piece
+from .growth import Piece
+from .served import Words
 
 Json = dict[str, Any]
 
@@ -67,7 +68,7 @@ class Output:
     The events lack `sequence_number`, which counts through the whole stream.
     """
 
-    def __init__(self, words: render.Words):
+    def __init__(self, words: Words):
         self.items: list[Json] = []
         self._words = words
         self._open = False
