@@ -2,9 +2,10 @@
 
     python benchmarks/batch_kills.py [--kills 50] [--requests 2000] [--model fake|demo] [--suffix jsonl]
 
-Starts `dgemma batch`, kills it with SIGKILL at a random moment, starts it again, so many times. Then lets it end, and compares with a run that nobody disturbed: the same custom_ids, each once, and the same texts. The fake model
-answers at once and is there for the sake of the files; the demo model shows that texts do not change. The last line of
-output is one JSON object.
+Starts `dgemma batch`, kills it with SIGKILL at a random moment, starts it again, so many times. Then lets it end, and
+compares with a run that nobody disturbed: the same custom_ids, each once, and the same texts. The fake model answers
+at once and is there for the sake of the files; the demo model shows that texts do not change. The last line of output
+is one JSON object.
 """
 
 from __future__ import annotations
