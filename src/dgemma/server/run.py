@@ -15,7 +15,6 @@ import uvicorn
 
 from ..errors import ConfigError
 from .app import create_app
-from .logs import logger
 from .service import Service
 from .settings import ServerSettings
 
@@ -142,8 +141,6 @@ def serve(
         BaseException: what `load` raised.
     """
     service = Service(settings)
-    if service.data.problem:
-        logger.warning("no files and no batches", extra={"about": {"reason": service.data.problem}})
     try:
         listener = listen(settings)
         host, port = listener.getsockname()[:2]
