@@ -1,24 +1,28 @@
 """Mass generation with the demo model, beside a loop of `generate` and beside transformers in static batches.
 
-    python benchmarks/batch.py [--requests 20000] [--few 480] [--rounds 3] [--max-batch 32] [--max-new-tokens 48]
+    python benchmarks/batch.py [--requests 20000] [--few 480] [--rounds 3] [--workers N] [--max-new-tokens 32]
 
-Each round answers its share of the requests by `dgemma.batch.run`, from file to file: checked, written and synced; and
-a few of the same by the other two ways, in the same order, after one another in one process. Ratios are of requests a
+Each round answers its share of the requests by `dgemma.batch.run`, from file to file: checked, loaded, written and
+synced; then a few of the same by the other two ways, in the same order, with all threads. Ratios are of requests a
 second, the median of the rounds. transformers gets batches as they come, padded on the left, its canvas as long as
-ours. The texts of the loop are compared with those of the batch. Memory is this process's, every second. Raw records go
-under benchmarks/results/; the last line of output is one JSON object.
+ours. The texts of the loop are compared with those of the batch. Memory is that of all processes, every second while a
+batch runs. Raw records go under benchmarks/results/; the last line of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +31,10 @@ from record import Results
 
 import dgemma
 from dgemma import EngineSettings, SamplingParams
-from dgemma.batch import BatchSettings, run
+from dgemma.batch import BatchSettings, Summary, run
 from dgemma.tasks import FAMILIES, held_out
 
-SHORT = ("sorting", "records", "calendar", "sums")
+SHORT = ("sorting", "records", "calendar")
 CANVAS = 32  # a canvas has a multiple of so many tokens
 
 
@@ -55,16 +59,18 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def in_batch(model: dgemma.Model, lines: list[dict[str, Any]], params: SamplingParams) -> tuple[dict[str, Any], float]:
-    """Answers by custom_id, and seconds."""
+def in_batch(
+    loaders: list[Any], lines: list[dict[str, Any]], params: SamplingParams
+) -> tuple[dict[str, Any], float, Summary]:
+    """Answers by custom_id, seconds, and what the run says of itself."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = write(Path(folder) / "in.jsonl", lines), Path(folder) / "out.jsonl"
         started = time.perf_counter()
-        summary = run(BatchSettings(source=source, target=target, params=params), model)
+        summary = run(BatchSettings(source=source, target=target, params=params), lambda: loaders)
         seconds = time.perf_counter() - started
         assert summary.done == len(lines), summary
         answers = map(json.loads, target.read_text().splitlines())
-        return {answer["custom_id"]: answer["response"]["body"] for answer in answers}, seconds
+        return {answer["custom_id"]: answer["response"]["body"] for answer in answers}, seconds, summary
 
 
 def in_a_loop(
@@ -103,25 +109,32 @@ def in_static_batches(
 
 
 class Memory:
-    """Resident bytes of this process, every second."""
+    """Resident bytes of this process and its children, every second from `start` to `stop`."""
 
     def __init__(self, results: Results):
         self.bytes: list[int] = []
-        self._results, self._begun = results, time.perf_counter()
+        self._results = results
+        self._over: threading.Event | None = None
+
+    def start(self, number: int) -> None:
+        """Begins to look."""
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, args=(self._over, number), daemon=True).start()
 
-    def close(self) -> None:
-        """The last look."""
+    def stop(self) -> None:
+        """Ends it."""
+        assert self._over is not None
         self._over.set()
-        self._thread.join()
 
-    def _watch(self) -> None:
-        while not self._over.wait(1.0):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.bytes.append(pages * 4096)
-            self._results.add(section="memory", seconds=time.perf_counter() - self._begun, bytes=self.bytes[-1])
+    def _watch(self, over: threading.Event, number: int) -> None:
+        begun = time.perf_counter()
+        while not over.wait(1.0):
+            total = 0
+            for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                with contextlib.suppress(OSError):
+                    total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+            self.bytes.append(total)
+            self._results.add(section="memory", round=number, seconds=time.perf_counter() - begun, bytes=total)
 
 
 def right(lines: list[dict[str, Any]], bodies: dict[str, Any], count: int) -> float:
@@ -141,15 +154,18 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=480, help="requests of the slower ways")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads())
     parser.add_argument("--static-batch", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--skip", choices=["loop", "transformers"], action="append", default=[])
     parser.add_argument("--out", type=Path, default=None, help="folder for results")
     args = parser.parse_args()
     results = Results("batch", {**vars(args), "out": None}, args.out)
     params = SamplingParams(max_new_tokens=args.max_new_tokens)
-    model = dgemma.load("demo", engine=EngineSettings(max_batch=args.max_batch))
-    loop = dgemma.load("demo", engine=EngineSettings(max_batch=1))
+    threads = max(1, torch.get_num_threads() // args.workers)
+    load = partial(dgemma.load, "demo", threads=threads, engine=EngineSettings(max_batch=args.max_batch))
+    loaders = [load] * args.workers
+    model = loop = dgemma.load("demo", engine=EngineSettings(max_batch=1))
     reference: Any = None
     if "transformers" not in args.skip:
         warnings.filterwarnings("ignore")
@@ -159,14 +175,15 @@ def main() -> None:
         reference.config.canvas_length = min(256, -(-args.max_new_tokens // CANVAS) * CANVAS)
     lines = requests(args.requests)
     size, few = args.requests // args.rounds, args.few // args.rounds
-    in_batch(model, lines[:64], params)
     memory = Memory(results)
     rates: dict[str, list[float]] = {"batch": [], "loop": [], "transformers": []}
     matches = []
     for number in range(args.rounds):
         own = lines[number * size : (number + 1) * size]
-        bodies, seconds = in_batch(model, own, params)
-        given = {"batch": (sum(body["usage"]["completion_tokens"] for body in bodies.values()), seconds, len(own))}
+        memory.start(number)
+        bodies, seconds, summary = in_batch(loaders, own, params)
+        memory.stop()
+        given = {"batch": (summary.tokens, seconds, len(own))}
         if not number:
             matches.append(right(own, bodies, min(size, 2000)))
         if "loop" not in args.skip:
@@ -178,7 +195,6 @@ def main() -> None:
             rates[way].append(count / spent)
             results.add(section="throughput", round=number, way=way, requests=count, tokens=tokens, seconds=spent)
             sys.stderr.write(f"round {number}, {way}: {count / spent:.1f} requests/s, {tokens / spent:.0f} tokens/s\n")
-    memory.close()
     figures: dict[str, Any] = {
         f"{way}_requests_per_second": statistics.median(rate) for way, rate in rates.items() if rate
     }
@@ -194,7 +210,10 @@ def main() -> None:
         "memory_mb_at_most": max(memory.bytes, default=0) / 1e6,
     }
     rows = "\n".join(f"- {name}: {value:,.2f}" for name, value in figures.items() if value is not None)
-    about = f"{args.requests:,} requests, {args.max_new_tokens} tokens at most, {args.max_batch} at once"
+    about = (
+        f"{args.requests:,} requests, {args.max_new_tokens} tokens at most; "
+        f"{args.workers} workers, {args.max_batch} requests at once in each"
+    )
     sys.stdout.write(results.close(f"# Mass generation with the demo model\n\n{about}.\n\n{rows}\n", figures) + "\n")
 
 

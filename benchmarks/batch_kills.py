@@ -37,9 +37,10 @@ def command(model: str, source: Path, target: Path) -> list[str]:
     return [sys.executable, *program, "batch", str(source), str(target), "--quiet", "--max-new-tokens", "48"]
 
 
-def environment(delay: float) -> dict[str, str]:
-    """For the command; the fake model takes `delay` seconds a step."""
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "FAKE_DELAY": str(delay)}
+def environment(model: str, delay: float) -> dict[str, str]:
+    """For the command; the fake model takes `delay` seconds a step, and is in one process alone."""
+    workers = {"DGEMMA_WORKERS": "1"} if model == "fake" else {}
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "FAKE_DELAY": str(delay), **workers}
 
 
 def size(path: Path) -> int:
@@ -71,13 +72,13 @@ def main() -> None:
         source = write(folder / "in.jsonl", requests(args.requests))
         whole, target = folder / f"whole.{args.suffix}", folder / f"out.{args.suffix}"
         started = time.perf_counter()
-        subprocess.run(command(args.model, source, whole), check=True, env=environment(0.01))
+        subprocess.run(command(args.model, source, whole), check=True, env=environment(args.model, 0.01))
         results.add(section="undisturbed", seconds=time.perf_counter() - started, bytes=size(whole))
         kills = 0
         while kills < args.kills:
             # Each start gets its share of what is missing: after so many bytes, or at any moment of the way there.
             share = (size(whole) - size(target)) // (args.kills - kills + 1)
-            process = subprocess.Popen(command(args.model, source, target), env=environment(0.01))
+            process = subprocess.Popen(command(args.model, source, target), env=environment(args.model, 0.01))
             mark, waited = size(target) + rng.randrange(1, max(2, 2 * share)), time.perf_counter()
             early = rng.random() * 4 if rng.random() < 0.2 else None
             while process.poll() is None and size(target) < mark:
@@ -92,7 +93,7 @@ def main() -> None:
             torn = bool(data) and args.suffix == "jsonl" and not data.endswith(b"\n")
             results.add(section="kill", number=kills, bytes=len(data), torn=torn)
             sys.stderr.write(f"kill {kills}: {len(data):,} of {size(whole):,} bytes{', torn' if torn else ''}\n")
-        subprocess.run(command(args.model, source, target), check=True, env=environment(0.0))
+        subprocess.run(command(args.model, source, target), check=True, env=environment(args.model, 0.0))
         ours, theirs = texts(target), texts(whole)
     counts = Counter(custom_id for custom_id, _ in ours)
     figures = {

@@ -34,6 +34,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
         return FakeModel()
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DGEMMA_WORKERS", "1")
     monkeypatch.setitem(vars(dgemma), "load", load)
 
     def run(*arguments: str, input: bytes | None = None) -> Result:

@@ -334,6 +334,40 @@ def test_stdin_is_resumed_where_it_is_the_same(tmp_path: Path, monkeypatch: pyte
     assert_all_answered(tmp_path / "out.jsonl", asked)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_stream_that_is_done_is_done_only_for_the_same_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    rows = [{"prompt": f"p{n}"} for n in range(9)]
+    target = tmp_path / f"out.{suffix}"
+    Stdio(monkeypatch, b"\n".join(map(dump, rows)))
+    assert start("-", target).done == 9
+    Stdio(monkeypatch, b"\n".join(map(dump, rows)) + b"\n")
+    assert start("-", target, lambda: pytest.fail("it is done")).resumed == 9
+    for other in (rows[:-1], [*rows, {"prompt": "more"}], [*rows[:-1], {"prompt": "p9"}]):
+        Stdio(monkeypatch, b"\n".join(map(dump, other)))
+        with pytest.raises(ConfigError, match="another content of the input"):
+            start("-", target)
+
+
+def test_rows_of_a_stream_are_told_apart_without_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"p{n}", "x": [n, 1.5]} for n in range(60)]
+    stop = threading.Event()
+    Stdio(monkeypatch, b"\n".join(map(dump, rows)))
+    first = BatchSettings(source="-", target=tmp_path / "out.jsonl")
+    run(first, FakeModel(delay=0.05), lambda progress: stop.set() if progress.done else None, stop=stop)
+    Stdio(monkeypatch, b"\n".join(dump({**row, "x": 0}) for row in rows))
+    with pytest.raises(ConfigError, match=r"stdin: line \d+ is not the one"):
+        start("-", tmp_path / "out.jsonl")
+    Stdio(monkeypatch, b"\n".join(map(dump, rows)))
+    assert start("-", tmp_path / "out.jsonl").done == 60
+
+
+def test_no_model_for_a_stream_without_a_good_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stdio(monkeypatch, b"{\n[]\n" * 3000)
+    assert start("-", tmp_path / "out.jsonl", lambda: pytest.fail("nothing to answer")).failed == 6000
+
+
 def test_a_pipe_gets_its_answer_before_it_says_more(tmp_path: Path) -> None:
     """Whoever waits for each answer before the next request is not kept waiting."""
     os.mkfifo(tmp_path / "in")

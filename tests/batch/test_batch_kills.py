@@ -21,7 +21,7 @@ KILLS = 3
 def begin(folder: Path, *flags: str, **more: str) -> subprocess.Popen[bytes]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DGEMMA_", "FAKE_"))}
     command = [sys.executable, FAKE, "batch", str(folder / "in.jsonl"), *flags]
-    environment = {**kept, "PYTHONPATH": SOURCE, "FAKE_DELAY": "0.02", **more}
+    environment = {**kept, "PYTHONPATH": SOURCE, "FAKE_DELAY": "0.02", "DGEMMA_WORKERS": "1", **more}
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 

@@ -12,7 +12,7 @@ from lines import read, seed_of, text_of, write
 import dgemma
 from dgemma import EngineSettings, SamplingParams
 from dgemma.batch import BatchSettings, Progress, Summary, run
-from dgemma.batch.run import weights
+from dgemma.batch.weights import weights
 from dgemma.tasks import held_out
 
 FAMILIES = ("sorting", "records", "calendar")

@@ -207,6 +207,30 @@ def test_unforeseen_errors_are_the_lines_own_or_the_engines(tmp_path: Path, monk
     assert start(tmp_path).failed == 6
 
 
+def test_a_line_that_trips_the_reader_or_the_tokenizer_is_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dgemma.batch.form import Form
+
+    read_one, submit = Form._read, FakeModel.submit
+
+    def trip(form: Form, record: Any) -> Any:
+        if record.line == 2:
+            raise RecursionError("too deep")
+        return read_one(form, record)
+
+    def choke(model: FakeModel, prompt: Any, *rest: Any, **named: Any) -> Any:
+        if prompt[-1]["content"] == "say 4":
+            raise TypeError("in the template")
+        return submit(model, prompt, *rest, **named)
+
+    monkeypatch.setattr(Form, "_read", trip)
+    monkeypatch.setattr(FakeModel, "submit", choke)
+    write(tmp_path / "in.jsonl", [request(n) for n in range(1, 9)])
+    assert (start(tmp_path).done, start(tmp_path).failed) == (6, 2)
+    assert sorted(line["line"] for line in read(tmp_path / "out.errors.jsonl")) == [2, 4]
+
+
 def test_settings_that_no_line_could_have_end_it_at_once(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", [request(n) for n in range(5)])
     with pytest.raises(ConfigError, match=r"^canvas_length: 512 is above"):
@@ -249,13 +273,14 @@ def test_another_input_does_not_go_on_with_it_but_the_same_elsewhere_does(tmp_pa
 
 def test_other_weights_do_not_go_on_with_it(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", [request(n) for n in range(50)])
-    model, stop = FakeModel(), threading.Event()
+    model, stop = FakeModel(delay=0.3), threading.Event()
     model.directory = tmp_path / "model"
     model.directory.mkdir()
     (model.directory / "model.safetensors").write_bytes(bytes(5_000_000))
     (model.directory / "config.json").write_text("{}")
-    stop.set()
-    assert start(tmp_path, model, stop=stop).stopped
+    assert start(
+        tmp_path, model, lambda progress: stop.set() if progress.stage == "running" else None, stop=stop
+    ).stopped
     write(tmp_path / "model" / "model.safetensors", [bytes(4_999_998) + b"1\n"])
     with pytest.raises(ConfigError, match="other weights"):
         start(tmp_path, model)

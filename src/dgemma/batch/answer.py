@@ -63,11 +63,16 @@ class Answerer:
         self.ahead = min(ahead or AHEAD * settings.max_batch, self._most)
         self._flights: Flights[tuple[Request, Sequence[Ticket]]] = Flights()
         self._suspects: list[tuple[Outcome, Exception]] = []
-        self._proven: list[Outcome] = []
+        self._ready: list[Outcome] = []
         _try(model, form)
 
     def __len__(self) -> int:
-        return len(self._flights) + len(self._proven)
+        return len(self._flights) + len(self._ready)
+
+    @property
+    def held(self) -> int:
+        """Failures of which nobody knows yet whose fault they are; `rest` gives them out."""
+        return len(self._suspects)
 
     @property
     def full(self) -> bool:
@@ -91,14 +96,21 @@ class Answerer:
 
         self._flights.submit((request, tickets), start)
 
+    def take(self, record: Record) -> None:
+        """Takes a request that nobody has read yet; `next` tells what is wrong with it."""
+        try:
+            self.submit(self.form.read(record))
+        except Refusal as refusal:
+            self._ready.append(refused(self.form, refusal))
+
     def next(self, timeout: float | None = None) -> Outcome | None:
         """What became of the next request that is done; None after so many seconds, or if there is none.
 
         Raises:
             Exception: the engine has failed, again and again.
         """
-        if self._proven:
-            return self._proven.pop()
+        if self._ready:
+            return self._ready.pop()
         done = self._flights.next(timeout)
         if done is None:
             return None
@@ -110,14 +122,14 @@ class Answerer:
         if isinstance(results, Exception):
             return self._suspect(request, results)
         # The engine works: what failed before did so by itself.
-        self._proven += [outcome for outcome, _ in self._suspects]
+        self._ready += [outcome for outcome, _ in self._suspects]
         self._suspects.clear()
         return answered(self.form, request, results, request.call.ask.prompt_tokens(tickets), self._served)
 
     def rest(self) -> list[Outcome]:
         """When all is done: what is still held back."""
-        rest = self._proven + [outcome for outcome, _ in self._suspects]
-        self._proven, self._suspects = [], []
+        rest = self._ready + [outcome for outcome, _ in self._suspects]
+        self._ready, self._suspects = [], []
         return rest
 
     def answer(self, records: Iterable[Record]) -> Iterator[Outcome]:
@@ -127,10 +139,7 @@ class Answerer:
                 outcome = self.next()
                 if outcome is not None:
                     yield outcome
-            try:
-                self.submit(self.form.read(record))
-            except Refusal as refusal:
-                yield refused(self.form, refusal)
+            self.take(record)
         while len(self):
             outcome = self.next()
             if outcome is not None:

@@ -46,7 +46,7 @@ def detect(settings: BatchSettings, source: Source) -> Form:
                 wanted = _kind(row)
             names += [name for name in row if name not in names]
             if source.once and wanted != "auto":
-                break
+                break  # whoever writes to a pipe may wait for the answer to the first line
     wanted = "openai" if wanted == "auto" else wanted
     if wanted == "rows":
         for name in needed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ..protocol.body import parse
 from .source import MAX_LINE, Record
 from .template import Template, as_text
 
+log = logging.getLogger(__name__)
 CHAT, COMPLETIONS = URLS = ("/v1/chat/completions", "/v1/completions")
 FIELDS = ("custom_id", "method", "url", "body")
 ROW_COLUMNS = ("input_line", "generated_text", "finish_reason", "prompt_tokens", "completion_tokens", "seed")
@@ -49,10 +51,12 @@ class Request:
     """One request, checked.
 
     Fields:
+        data: the record that it was read from.
         row: the columns that its answer is put beside; None for OpenAI's format.
     """
 
     line: int
+    data: bytes | dict[str, Any]
     custom_id: str | None
     call: Call
     row: Mapping[str, Any] | None = None
@@ -117,6 +121,16 @@ class Form:
         Raises:
             Refusal: it is none, or one that cannot be honoured.
         """
+        try:
+            return self._read(record)
+        except Refusal:
+            raise
+        except Exception as error:  # one line is not to stop the others, whatever it has found
+            log.warning("line %d: %s: %s", record.line, type(error).__name__, error)
+            message = f"the line could not be read ({type(error).__name__})"
+            raise _refusal(record.line, None, message, "internal_error") from None
+
+    def _read(self, record: Record) -> Request:
         line, data = record
         if data is None:
             raise _refusal(line, None, f"the line is longer than {MAX_LINE >> 20} MiB", "line_too_long")
@@ -126,10 +140,12 @@ class Form:
             raise _refusal(line, None, error.message.replace("the body", "the line", 1), "invalid_json") from None
         if not isinstance(value, dict):
             raise _refusal(line, None, "the line is not a JSON object", "invalid_type")
-        return self._openai(line, value) if self.format == "openai" else self._row(line, value)
+        custom_id = _custom_id(line, value, required=self.format == "openai")
+        url, body, row = (self._openai if self.format == "openai" else self._row)(line, custom_id, value)
+        call = self._call(line, custom_id, url, body, row)
+        return Request(line=line, data=data, custom_id=custom_id, call=call, row=row)
 
-    def _openai(self, line: int, value: dict[str, Any]) -> Request:
-        custom_id = _custom_id(line, value, required=True)
+    def _openai(self, line: int, custom_id: str | None, value: dict[str, Any]) -> tuple[str, dict[str, Any], None]:
         for name in value:
             if name not in FIELDS:
                 raise _refusal(line, custom_id, f"{name[:64]}: is not known", "unknown_parameter", name[:64])
@@ -145,10 +161,11 @@ class Form:
             raise _refusal(line, custom_id, why, "invalid_url", "url")
         if not isinstance(body, dict):
             raise _refusal(line, custom_id, "body: needs to be a JSON object", "invalid_type", "body")
-        return self._request(line, custom_id, url, self._filled(body), None)
+        return url, self._filled(body), None
 
-    def _row(self, line: int, row: dict[str, Any]) -> Request:
-        custom_id = _custom_id(line, row, required=False)
+    def _row(
+        self, line: int, custom_id: str | None, row: dict[str, Any]
+    ) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
         if self.keep:
             for name in self.answer_columns:
                 if name in row:
@@ -175,11 +192,11 @@ class Form:
             body["messages"] = messages if self.system is None else [_message("system", self.system), *messages]
             if self.think:
                 body["reasoning_effort"] = "medium"
-        return self._request(line, custom_id, url, body, row if self.keep else {})
+        return url, body, row if self.keep else {}
 
-    def _request(
+    def _call(
         self, line: int, custom_id: str | None, url: str, body: dict[str, Any], row: Mapping[str, Any] | None
-    ) -> Request:
+    ) -> Call:
         if self.any_model:
             body = {**body, "model": self.model}
         try:
@@ -194,8 +211,7 @@ class Form:
                 raise ApiError(404, message, param="model", code="model_not_found")
         except ApiError as error:
             raise Refusal(line, custom_id, error, answered=row is None) from None
-        call = call.with_seed(seed_of(self.seed, f"id {custom_id}" if custom_id is not None else f"line {line}"))
-        return Request(line=line, custom_id=custom_id, call=call, row=row)
+        return call.with_seed(seed_of(self.seed, f"id {custom_id}" if custom_id is not None else f"line {line}"))
 
     def _filled(self, body: dict[str, Any]) -> dict[str, Any]:
         """A body with the run's settings for what it leaves open."""

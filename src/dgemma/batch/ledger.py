@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .answer import Outcome
 from .append import Appender, Sink, mend
 from .codecs import codec_of, need_codec
 from .files import Lock, write_json
-from .form import Form
+from .form import Form, Refusal, Request
 from .paths import Paths
 from .sets import Lines
 from .settings import BatchSettings
@@ -106,19 +107,33 @@ class Ledger:
         if self._writer is not None:
             self._writer.check()
 
-    def same(self, line: int, custom_id: str | None) -> None:
-        """Checks a stream against what an earlier start read from it.
+    def has(self, item: Request | Refusal) -> bool:
+        """Whether a line of a stream is accounted for.
 
         Raises:
-            ConfigError: the line that is answered had another `custom_id`.
+            ConfigError: it is not what an earlier start read there.
         """
-        if self._names is None or line >= len(self._names) or not self._names[line]:
-            return
-        if self._names[line] != _hash(custom_id):
+        line, names = item.line, self._names
+        if line not in self.lines:
+            return False
+        before = names[line] if names is not None and line < len(names) else 0  # 0: it is in the errors file
+        if before and before != _mark(item.custom_id, item.row if isinstance(item, Request) else None):
             raise ConfigError(
                 f"{self.source.name}: line {line} is not the one that {self.paths.target} has an answer to; give the "
                 "same input again, or --restart to begin anew"
             )
+        return True
+
+    def check_stream(self) -> None:
+        """Reads a stream whose answers are all there, to see that it is the same.
+
+        Raises:
+            ConfigError: it is another one.
+        """
+        for _ in self.source.records():
+            pass
+        if self.source.digest != self.state["input"].get("digest"):
+            raise ConfigError(f"{self.paths.target}: was made of another content of the input; --restart begins anew")
 
     @property
     def checked(self) -> int | None:
@@ -152,7 +167,7 @@ class Ledger:
         """Whether the input's file is another than at the start."""
         return any(self.state["input"][name] != value for name, value in self.source.stamp().items())
 
-    def finish(self) -> None:
+    def finish(self, total: int | None) -> None:
         """All lines are accounted for: makes the table where one is wanted, and says so in the state."""
         paths, form = self.paths, self.form
         if paths.target is None or self.finished:
@@ -165,7 +180,8 @@ class Ledger:
             else:
                 assert self.source.path is not None
                 tables.write_beside(self.source.path, paths.answers, paths.target, form.answer_columns[0], kinds)
-        self._remember(finished=True, done=self.done, failed=self.failed)
+        more = {"input": {"digest": self.source.digest}} if self.source.once else {}
+        self._remember(finished=True, lines=total, done=self.done, failed=self.failed, **more)
         self.finished = True
 
     def _begin(self, form: Form) -> None:
@@ -181,8 +197,8 @@ class Ledger:
         state = read_state(paths.state)
         if state is None:
             paths.check_new()
-        identity = {} if self.source.once else self._identity(state, self.source.stamp())
-        asked = _asked(self.settings, form, identity.get("digest"))
+        identity = (state or {}).get("input", {}) if self.source.once else self._identity(state, self.source.stamp())
+        asked = _asked(self.settings, form, None if self.source.once else identity["digest"])
         self.form = replace(form, run=asked["run"])
         if state is not None:
             _compare(paths.target, state.get("asked") or {}, asked)
@@ -219,7 +235,10 @@ class Ledger:
         if self._names is not None:
             self._names.extend([0] * (line + 1 - len(self._names)))
             custom_id = answer.get("custom_id")
-            self._names[line] = _hash(None if custom_id is None else str(custom_id))
+            row = None
+            if self.form.format == "rows":
+                row = {name: value for name, value in answer.items() if name not in self.form.answer_columns}
+            self._names[line] = _mark(None if custom_id is None else str(custom_id), row)
         return True
 
     def _miss(self, data: bytes) -> bool:
@@ -314,5 +333,6 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _hash(custom_id: Any) -> int:
-    return hash(custom_id) & 0xFFFF_FFFF_FFFF_FFFF or 1
+def _mark(custom_id: str | None, row: Mapping[str, Any] | None) -> int:
+    """Tells a line of a stream from another one: by its `custom_id`, or by all of the row."""
+    return hash(custom_id or json.dumps(row, sort_keys=True)) & 0xFFFF_FFFF_FFFF_FFFF or 1

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -19,19 +17,21 @@ from .progress import Meter, Report
 from .sets import Keys
 from .settings import BatchSettings, Summary
 from .source import Record, Source
+from .weights import weights
+from .workers import Loader, Pool
 
 if TYPE_CHECKING:
     from ..api import Model
 
+WORTH = 32  # requests for which it is worth while to start another process
 TICK = 0.2  # seconds at most between two looks at the disk's and the caller's wishes
 STARVED = 0.02  # the same while there are too few requests
 FEED = 64  # requests that are read and checked ahead of being put in line
-SAMPLES, SAMPLE = 32, 1 << 16  # pieces of a weights file, and their bytes, that tell it from another
 
 
 def run(
     settings: BatchSettings,
-    model: Model | Callable[[], Model],
+    model: Model | Callable[[], Model | Sequence[Loader]],
     report: Report = lambda progress: None,
     *,
     stop: threading.Event | None = None,
@@ -45,6 +45,8 @@ def run(
 
     Args:
         model: or what loads it; that is not called where no line is left to answer, and the model is closed at the end.
+            It may also give several loaders that can be pickled: each is then called in a process of its own, and all
+            of them answer.
         report: is told how far it is, a few times a second, from the calling thread.
         stop: set it from anywhere to end the run early.
 
@@ -61,6 +63,8 @@ def run(
         whole = ledger.finished
         if not whole:
             whole = _finish(settings, source, ledger, meter, model, stop)
+        elif source.once:
+            ledger.check_stream()
         return meter.summary(stopped=not whole)
 
 
@@ -69,7 +73,7 @@ def _finish(
     source: Source,
     ledger: Ledger,
     meter: Meter,
-    model: Model | Callable[[], Model],
+    model: Model | Callable[[], Model | Sequence[Loader]],
     stop: threading.Event,
 ) -> bool:
     """Everything that is left to do; whether it came to its end."""
@@ -78,19 +82,19 @@ def _finish(
             return False
         meter.total = ledger.checked
     if meter.left != 0:
-        meter.stage("loading")
-        loaded = model() if callable(model) else model
+        feed = Feed(_missing(settings, source, ledger, meter))
         try:
-            ledger.check_model(weights(loaded.directory))
-            if not _answer(settings, source, ledger, meter, loaded, stop):
+            first = _first(feed, ledger, meter, stop)
+            if first is not None and not _load_and_answer(first, feed, settings, ledger, meter, model, stop):
                 return False
         finally:
-            if callable(model):
-                loaded.close()
+            feed.close()
+        if stop.is_set() and not feed.ended:
+            return False
         if not source.once and ledger.changed():
             raise ConfigError(f"{source.name}: was changed while it was read; --restart begins anew")
     meter.stage("writing")
-    ledger.finish()
+    ledger.finish(meter.total)
     return True
 
 
@@ -124,33 +128,107 @@ def _checked(form: Form, records: Iterator[Record], keys: Keys) -> Iterator[Requ
         yield item
 
 
-def _answer(
-    settings: BatchSettings, source: Source, ledger: Ledger, meter: Meter, model: Model, stop: threading.Event
+def _first(feed: Feed, ledger: Ledger, meter: Meter, stop: threading.Event) -> Request | None:
+    """The first request, for which a model is needed; None if there is none."""
+    while not feed.ended and not stop.is_set():
+        item = feed.get(TICK)
+        if isinstance(item, Request):
+            return item
+        if item is not None:
+            ledger.put(refused(ledger.form, item))
+        meter.tell()
+        ledger.check()
+    return None
+
+
+def _load_and_answer(
+    first: Request,
+    feed: Feed,
+    settings: BatchSettings,
+    ledger: Ledger,
+    meter: Meter,
+    model: Model | Callable[[], Model | Sequence[Loader]],
+    stop: threading.Event,
 ) -> bool:
     """Answers what is left; whether it came to the end."""
-    answerer = Answerer(model, ledger.form, settings.ahead)
-    model.start()
-    feed = Feed(_missing(settings, source, ledger, meter))
-    meter.stage("running")
+    meter.stage("loading")
+    loaded = model() if callable(model) else model
+    if isinstance(loaded, Sequence):
+        # More processes than there are batches to fill would only take their time to start.
+        wanted = len(loaded) if meter.left is None else min(len(loaded), max(1, meter.left // WORTH))
+        if wanted > 1:
+            return _answer_by_many(loaded[:wanted], first, feed, settings, ledger, meter, stop)
+        model = loaded = loaded[0]()
+        own = True
+    else:
+        own = callable(model)
     try:
-        while not stop.is_set():
-            while not answerer.full and (item := feed.get(0 if len(answerer) else TICK)) is not None:
-                if isinstance(item, Refusal):
-                    ledger.put(refused(ledger.form, item))
-                else:
-                    answerer.submit(item)
-            outcome = answerer.next(TICK if answerer.full or feed.ended else STARVED) if len(answerer) else None
-            for one in [outcome] if outcome else answerer.rest() if feed.ended and not len(answerer) else []:
-                meter.count(one)
-                ledger.put(one)
-            meter.tell()
-            ledger.check()
-            if feed.ended and not len(answerer):
-                return True
-        return False
+        ledger.check_model(weights(loaded.directory))
+        answerer = Answerer(loaded, ledger.form, settings.ahead)
+        try:
+            loaded.start()
+            return _answer(answerer, first, feed, ledger, meter, stop)
+        finally:
+            answerer.close()
     finally:
-        feed.close()
-        answerer.close()
+        if own:
+            loaded.close()
+
+
+def _answer_by_many(
+    loaders: Sequence[Loader],
+    first: Request,
+    feed: Feed,
+    settings: BatchSettings,
+    ledger: Ledger,
+    meter: Meter,
+    stop: threading.Event,
+) -> bool:
+    """The same in processes of their own."""
+
+    def tick() -> bool:
+        meter.tell()
+        ledger.check()
+        return stop.is_set()
+
+    pool = Pool(loaders, ledger.form, settings.ahead)
+    try:
+        digest = pool.wait(tick)
+        if digest is None:
+            return False
+        ledger.check_model(digest)
+        return _answer(pool, first, feed, ledger, meter, stop)
+    finally:
+        pool.close()
+
+
+def _answer(
+    answerer: Answerer | Pool, first: Request, feed: Feed, ledger: Ledger, meter: Meter, stop: threading.Event
+) -> bool:
+    """Keeps the engine's line full and writes down what comes out; whether it came to the end."""
+    answerer.submit(first)
+    meter.stage("running")
+    while not stop.is_set():
+        for _ in range(FEED):
+            if answerer.full or (item := feed.get(0 if len(answerer) else TICK)) is None:
+                break
+            if isinstance(item, Refusal):
+                ledger.put(refused(ledger.form, item))
+            else:
+                answerer.submit(item)
+        if len(answerer):
+            outcome = answerer.next(TICK if answerer.full or feed.ended else STARVED)
+            outcomes = [] if outcome is None else [outcome]
+        else:
+            outcomes = answerer.rest() if feed.ended else []
+        for outcome in outcomes:
+            meter.count(outcome)
+            ledger.put(outcome)
+        meter.tell()
+        ledger.check()
+        if feed.ended and not len(answerer) and not answerer.held:
+            return True
+    return False
 
 
 def _missing(settings: BatchSettings, source: Source, ledger: Ledger, meter: Meter) -> Iterator[Request | Refusal]:
@@ -159,9 +237,7 @@ def _missing(settings: BatchSettings, source: Source, ledger: Ledger, meter: Met
     if source.once:
         for item in _checked(form, source.records(None, settings.shard), Keys()):
             meter.lines += 1
-            if item.line in ledger.lines:
-                ledger.same(item.line, item.custom_id)
-            else:
+            if not ledger.has(item):
                 yield item
         meter.total = meter.lines
         return
@@ -229,16 +305,3 @@ class Feed:
                 self._queue.put(item, timeout=0.5)
                 return True
         return False
-
-
-def weights(directory: Path) -> str:
-    """A digest of a model's directory that tells it from another: its settings, and samples of its weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*directory.glob("*.json"), *directory.glob("*.jinja"), *directory.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for place in sorted({number * max(0, size - SAMPLE) // (SAMPLES - 1) for number in range(SAMPLES)}):
-                file.seek(place)
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()

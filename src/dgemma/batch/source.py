@@ -51,6 +51,7 @@ class Source:
         self.once = self.path is None
         self.codec = "" if self.path is None else codec_of(self.path)
         self.table = self.path is not None and tables.is_table(self.path)
+        self._hash = hashlib.blake2b(digest_size=16)
         self._head: list[Record] = []
         self._stream: Iterator[Record] | None = None
         if self.path is not None:
@@ -81,6 +82,11 @@ class Source:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         return {**self.stamp(), "digest": digest}
 
+    @property
+    def digest(self) -> str:
+        """Of a stream: a hash of what `records` has given so far."""
+        return self._hash.hexdigest()
+
     def stamp(self) -> dict[str, Any]:
         """The cheap part of `identity`."""
         assert self.path is not None
@@ -89,18 +95,14 @@ class Source:
 
     def peek(self) -> Iterator[Record]:
         """The first records; reading them here takes them from nobody."""
-        if self.once:
-            # Whoever writes to a pipe may wait for the answer to the first line.
-            for record in self._from_stream():
-                self._head.append(record)
-                yield record
-            return
         size = 0
-        for record in itertools.islice(self.records(), PEEK_LINES):
+        for record in itertools.islice(self._from_stream() if self.once else self.records(), PEEK_LINES):
+            if self.once:
+                self._head.append(record)
             size += len(record.data) if isinstance(record.data, bytes) else 0
+            yield record
             if size > PEEK_BYTES:
                 return
-            yield record
 
     def columns(self) -> list[str] | None:
         """The names of a table's columns; None for lines."""
@@ -118,6 +120,8 @@ class Source:
         """
         number, count = shard or (1, 1)
         for record in self._all(columns):
+            if self.once:
+                self._hash.update(record.data.strip() + b"\n" if isinstance(record.data, bytes) else b"")
             if record.line % count == number % count:
                 yield record
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..batch import BatchSettings, Merged, Summary
 
 STREAM = "-"
+SMALL = 50e6  # weights of a model that threads do not share well
 BESIDE_MERGE = ("files", "merge", "restart", "as_json", "quiet")
 SEED_FLAG = click.option(
     "--seed", type=int, default=0, show_default=True, metavar="N",
@@ -45,7 +48,10 @@ class _Shard(click.ParamType):
     *options.MODEL_FLAGS,
     *(SEED_FLAG if flag is options.SEED_FLAG else flag for flag in options.SAMPLING_FLAGS),
     click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N",
-                 help="Requests that run at once."),
+                 help="Requests that run at once, in each worker."),
+    click.option("--workers", type=click.IntRange(1, options.MAX_THREADS), envvar="DGEMMA_WORKERS", metavar="N",
+                 help="Processes that answer, each with the model.  [default: one a GPU; one a CPU thread where the "
+                 "model is small]"),
     click.option("--max-model-len", type=click.IntRange(min=1), metavar="N",
                  help="Tokens of a prompt and its answer at most.  [default: the model's context]"),
     click.option("--format", type=click.Choice(("auto", "openai", "rows")), default="auto", show_default=True,
@@ -146,13 +152,15 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
     from ..batch import run
     from .batch_view import View
 
-    def load() -> Model:
+    def load() -> Model | list[Callable[[], Model]]:
         import dgemma
 
         engine = dgemma.EngineSettings(max_batch=values["max_batch"], max_model_len=values["max_model_len"])
-        return dgemma.load(
-            values["model"], device=values["device"], dtype=values["dtype"], threads=values["threads"], engine=engine
-        )
+        settings = {name: values[name] for name in ("device", "dtype", "threads")} | {"engine": engine}
+        each = _workers(values)
+        if len(each) == 1:
+            return dgemma.load(values["model"], **settings)
+        return [partial(dgemma.load, values["model"], **{**settings, **own}) for own in each]
 
     with View(values["price_per_hour"], quiet=values["quiet"]) as view:
         try:
@@ -170,6 +178,28 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
     if not values["quiet"]:
         view.ended(summary)
     return summary
+
+
+def _workers(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each process is given of this machine: a GPU, or some of the threads.
+
+    A small model's products are too small to be shared by threads; several of them fill the machine better. A large
+    one is in memory once, and its products are large.
+    """
+    import torch
+
+    from .. import checkpoint
+    from ..config import ModelConfig
+
+    wanted, device = values["workers"], values["device"]
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if gpus or device.startswith("cuda"):
+        return [{"device": f"cuda:{n % gpus}" if gpus else device} for n in range(wanted or max(1, gpus))]
+    threads = values["threads"] or torch.get_num_threads()
+    if wanted is None:
+        config = ModelConfig.read(checkpoint.resolve(values["model"]) / "config.json")
+        wanted = threads if config.total_parameters() < SMALL else 1
+    return [{"threads": max(1, threads // wanted)} for _ in range(wanted)]
 
 
 def _check_merge(ctx: click.Context, files: tuple[str, ...]) -> None:

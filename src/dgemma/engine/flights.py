@@ -10,7 +10,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from ..errors import DGemmaError, Draining, QueueFull, RequestError
+from ..errors import Draining, QueueFull, RequestError
 from ..events import Finish, Result
 from .ticket import Ticket
 
@@ -56,7 +56,7 @@ class Flights(Generic[Key]):
                 continue
             except Draining:
                 raise
-            except DGemmaError as error:
+            except Exception as error:
                 self._ready.append((key, error))
                 return
             break

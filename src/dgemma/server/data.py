@@ -103,11 +103,6 @@ class DataFolder:
                 raise
             self._why_not = str(error)
 
-    @property
-    def problem(self) -> str | None:
-        """Why there are no files here, if the folder cannot be used."""
-        return self._why_not
-
     def close(self) -> None:
         """Lets others have it."""
         with self._lock:
