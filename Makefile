@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*)
 
 .PHONY: demo test lint clean
 
@@ -18,11 +19,11 @@ lint: $(VENV)/installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+$(VENV)/installed: $(VENV)/bin/python $(BUILT_FROM)
 	$(BIN)/pip install --quiet -e .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
+$(VENV)/installed-test: $(VENV)/bin/python $(BUILT_FROM)
 	$(BIN)/pip install --quiet -e '.[test]'
 	touch $@ $(VENV)/installed
 

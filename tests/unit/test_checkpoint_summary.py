@@ -34,9 +34,11 @@ def test_the_release_from_its_configuration_alone(tmp_path: Path, monkeypatch: p
     assert {name: entry.fits for name, entry in memory.items()} == {
         "float32": False,
         "bfloat16": False,
+        "fp8": True,
         "int8": True,
         "int4": True,
     }
+    assert found.scheme is None
     assert summarize(tmp_path, context=512).memory[1].cache == 4 * 512 * (5 * 2 * 512 + 25 * 8 * 256)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CapacityError, CheckpointError, ConfigError
+from ..memory import machine_memory
 from ..model import Network
-from .files import FLOATS, Entry, find_weights, read_into, same_content
-from .names import Kind, VisionIgnored, classify, disk_name, network_name, tied_source
+from ..quant import Quantized, quantize
+from ..quant.codec import decode, plain_part
+from .files import FLOATS, Entry, read_into
+from .inventory import Inventory, Piece, Weight, take_inventory
+from .names import VisionIgnored
+
+TYPES = {code: getattr(torch, name) for code, name in FLOATS.items()} | {
+    "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
 
 
 def load_network(
@@ -24,55 +31,60 @@ def load_network(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    dequantize: bool = False,
 ) -> Network:
     """Builds the network and fills it from the directory's safetensors files, strictly and in bounded memory.
 
     At most the network and one more tensor (as it is on disk) are in memory at any time. Every check that needs no
-    tensor's content is done before the first one is read.
+    tensor's content is done before the first one is read. Weights in few bits stay so (`quant.Quantized`); on a CPU,
+    FP8 becomes int8 with a scale a row, as CPUs have no arithmetic for it.
 
     Args:
         directory: where the weights are; see `files.find_weights`.
         config: sizes; every tensor must be there in exactly the shape that follows from them.
         device: where the tensors go, each as soon as it is read.
-        dtype: floating-point type of the loaded tensors; None is what `config.json` says (`config.dtype`).
+        dtype: floating-point type of the loaded tensors and of activations; None is what `config.json` says
+            (`config.dtype`).
+        dequantize: make weights in few bits floating-point, for training and comparisons.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or type, differs from the tensor it is
-            a copy of, or a norm or scalar is not finite; or a file is damaged. Names the tensor and the file.
+            a copy of, or a norm, scalar or scale is not finite; or a file is damaged. Names the tensor and the file.
+        ConfigError: `quantization_config` is missing, or describes what is not read.
+        CapacityError: the weights do not fit the device's memory; said before any of it is taken.
 
     Warns:
         VisionIgnored: once, when the files also hold weights for images.
     """
     dtype = config_dtype(config) if dtype is None else dtype
-    entries = find_weights(Path(directory))
-    network = empty_network(config)
-    expected = network.state_dict()
-    own, tied, vision = _sort(entries, expected)
-    _check(Path(directory), own, expected)
-    for name, entry in tied.items():
-        source = entries.get(tied_source(name) or "")
-        if source is None or not same_content(entry, source):
-            raise CheckpointError(
-                f"{entry.path}: {name} differs from {tied_source(name)}; DiffusionGemma has one set of weights"
-            )
     device = torch.device(device)
+    network = empty_network(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = take_inventory(Path(directory), config, shapes)
+    _check_room(found, device, dtype, dequantize)
+    found.check_copies()
     converted = {
-        name: entry.nbytes
-        for name, entry in own.items()
-        if device.type != "cpu" or FLOATS[entry.dtype] != str(dtype).removeprefix("torch.")
+        name
+        for name, weight in found.weights.items()
+        if weight.layout is None and (device.type != "cpu" or TYPES[weight.pieces[0].plain.dtype] != dtype)
     }
+    largest = max((piece.plain.nbytes for name in converted for piece in found.weights[name].pieces), default=0)
     # One buffer for all tensors that are not used as they are: many that come and go would leave holes in the heap.
-    buffer = torch.empty(max(converted.values(), default=0), dtype=torch.uint8, device="cpu")
-    # The file's own order: reading runs forward through each shard.
-    for name, entry in sorted(own.items(), key=lambda item: (item[1].path.name, item[1].start)):
-        tensor = read_tensor(entry, buffer if name in converted else None)
-        if tensor.dim() == 1 and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{entry.path}: {entry.name} holds NaN or infinity; the file is damaged")
-        _put(network, name, tensor.to(device=device, dtype=dtype))
-    if vision:
-        count = len(vision)
+    buffer = torch.empty(largest, dtype=torch.uint8, device="cpu")
+    # The files' own order: reading runs forward through each shard.
+    for name, weight in sorted(found.weights.items(), key=lambda item: item[1].pieces[0].first):
+        if weight.layout is None:
+            _put(network, name, _floating(weight, buffer if name in converted else None, device, dtype))
+        elif dequantize:
+            whole = torch.empty(weight.shape, dtype=dtype, device=device)
+            for piece in weight.pieces:
+                whole[piece.where] = read_quantized(piece).dequantize().to(device=device, dtype=dtype)
+            _put(network, name, whole)
+        else:
+            _put(network, name, _quantized(weight, device))
+    if found.vision:
         warnings.warn(
-            f"{directory}: left {count} tensors for images on disk; text works, images do not",
+            f"{directory}: left {len(found.vision)} tensors for images on disk; text works, images do not",
             VisionIgnored,
             stacklevel=2,
         )
@@ -98,14 +110,12 @@ def config_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def read_tensor(entry: Entry, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """One floating-point tensor as it is on disk, in memory of its own or in a buffer of bytes that is large enough.
+    """One tensor as it is on disk, in memory of its own or in a buffer of bytes that is large enough.
 
     Raises:
-        CheckpointError: it is of another type, or the file can't be read.
+        CheckpointError: the file can't be read, or a norm or scalar is not finite.
     """
-    if entry.dtype not in FLOATS:
-        raise CheckpointError(f"{entry.path}: {entry.name} is of type {entry.dtype}; needs one of {', '.join(FLOATS)}")
-    dtype = getattr(torch, FLOATS[entry.dtype])
+    dtype = TYPES[entry.dtype]
     if buffer is None:
         tensor = torch.empty(entry.shape, dtype=dtype, device="cpu")
     else:
@@ -113,7 +123,75 @@ def read_tensor(entry: Entry, buffer: torch.Tensor | None = None) -> torch.Tenso
     if entry.nbytes:
         array: Any = tensor.view(-1).view(torch.uint8).numpy()
         read_into(entry, memoryview(array))
+    if tensor.dim() == 1 and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{entry.path}: {entry.name} holds NaN or infinity; the file is damaged")
     return tensor
+
+
+def read_quantized(piece: Piece, target: Quantized | None = None) -> Quantized:
+    """One matrix in few bits, exactly as it is stored.
+
+    Args:
+        target: contiguous memory for it on the CPU; its `data` is read straight into where the layout allows that.
+
+    Raises:
+        CheckpointError: the file can't be read, or its content makes no sense.
+    """
+    assert piece.layout is not None
+    rows, width = piece.shape
+    plain = plain_part(piece.layout)
+    buffers: dict[str, torch.Tensor] = {}
+    if target is not None and plain is not None and target.data.nbytes == piece.parts[plain].nbytes:
+        buffers[plain] = target.data.view(-1).view(torch.uint8)
+    tensors = {part: read_tensor(entry, buffers.get(part)) for part, entry in piece.parts.items()}
+    try:
+        return decode(piece.layout, tensors, (rows, width))
+    except CheckpointError as error:
+        raise CheckpointError(f"{next(iter(piece.parts.values())).path}: {piece.module}.{error}") from None
+
+
+def _check_room(found: Inventory, device: torch.device, dtype: torch.dtype, dequantize: bool) -> None:
+    """Refuses what cannot fit, before anything is allocated."""
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
+    needed = sum(weight.memory(dtype.itemsize, dequantize) for weight in found.weights.values())
+    if room is not None and needed > room:
+        name = str(dtype).removeprefix("torch.")
+        mend = "" if found.quantized and not dequantize else "; `dgemma quantize` makes a copy that needs less"
+        raise CapacityError(
+            f"{found.directory}: its weights need {needed / 1e9:.1f} GB ({name}), {device} has {room / 1e9:.1f}{mend}"
+        )
+
+
+def _floating(weight: Weight, buffer: torch.Tensor | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A floating-point weight, put together if it is stored in pieces."""
+    if len(weight.pieces) == 1:
+        return read_tensor(weight.pieces[0].plain, buffer).to(device=device, dtype=dtype)
+    whole = torch.empty(weight.shape, dtype=dtype, device=device)
+    for piece in weight.pieces:
+        whole[piece.where] = read_tensor(piece.plain, buffer).to(device=device, dtype=dtype)
+    return whole
+
+
+def _quantized(weight: Weight, device: torch.device) -> Quantized:
+    """A weight in few bits, put together from its experts."""
+    whole: Quantized | None = None
+    for piece in weight.pieces:
+        target = None if whole is None else whole[piece.where]
+        matrix = read_quantized(piece, target if device.type == "cpu" else None)
+        if matrix.floating and device.type == "cpu":
+            matrix = quantize(matrix.dequantize(), bits=8, group=None, search=False)
+        if len(weight.pieces) == 1:
+            return matrix.to(device)
+        if whole is None or target is None:
+            whole = Quantized.empty(
+                weight.shape, bits=matrix.bits, group=matrix.group, dtype=matrix.data.dtype, device=device
+            )
+            target = whole[piece.where]
+        if target.data.data_ptr() != matrix.data.data_ptr():
+            target.data.copy_(matrix.data)
+        target.scales.copy_(matrix.scales)
+    assert whole is not None
+    return whole
 
 
 class _Unfilled(TorchFunctionMode):
@@ -130,55 +208,17 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _sort(
-    entries: dict[str, Entry], expected: dict[str, torch.Tensor]
-) -> tuple[dict[str, Entry], dict[str, Entry], dict[str, Entry]]:
-    """The network's own tensors by network name, tied copies and vision tensors by disk name."""
-    own: dict[str, Entry] = {}
-    tied: dict[str, Entry] = {}
-    vision: dict[str, Entry] = {}
-    for name, entry in entries.items():
-        kind = classify(name)
-        inner = network_name(name if kind is Kind.OWN else tied_source(name) or "")
-        if kind is Kind.VISION:
-            vision[name] = entry
-        elif inner is None or inner not in expected:
-            raise CheckpointError(f"{entry.path}: {name} is unexpected; config.json describes no such tensor")
-        elif kind is Kind.OWN:
-            own[inner] = entry
-        else:
-            tied[name] = entry
-    return own, tied, vision
-
-
-def _check(directory: Path, own: dict[str, Entry], expected: dict[str, torch.Tensor]) -> None:
-    """Refuses missing tensors, wrong shapes and types that are no floating point."""
-    missing = [name for name in expected if name not in own]
-    if missing:
-        files = sorted({entry.path.name for entry in own.values()})
-        where = f"{directory / files[0]}" if len(files) == 1 else f"{directory} ({len(files)} shards)"
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: {disk_name(missing[0])} is missing{more}")
-    for name, entry in own.items():
-        shape = tuple(expected[name].shape)
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.path}: {entry.name} has shape {list(entry.shape)}; config.json says {list(shape)}"
-            )
-        if entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{entry.path}: {entry.name} is of type {entry.dtype}; needs one of {', '.join(FLOATS)}"
-            )
-        assert entry.numel == math.prod(shape)
-
-
-def _put(network: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Puts a real tensor in the place of the parameter or buffer of that name."""
+def _put(network: nn.Module, name: str, weight: torch.Tensor | Quantized) -> None:
+    """Puts a weight in the place of the parameter or buffer of that name."""
     path, _, last = name.rpartition(".")
     owner = network.get_submodule(path)
+    if isinstance(weight, Quantized):
+        del owner._parameters[last]
+        setattr(owner, last, weight)
+        return
     old = owner._parameters.get(last)
     if old is not None:
-        owner._parameters[last] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        owner._parameters[last] = nn.Parameter(weight, requires_grad=old.requires_grad)
     else:
         assert last in owner._buffers
-        owner._buffers[last] = tensor
+        owner._buffers[last] = weight

@@ -11,7 +11,9 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
+from ..model import Network
 from ..params import GenerationConfig
+from ..quant.scheme import KEY
 from .files import FLOATS, INDEX, SINGLE, find_weights
 from .names import Kind, classify, disk_name, network_name
 from .writer import Outgoing, Staging, stage_weights
@@ -55,9 +57,11 @@ def save_checkpoint(
         source: a checkpoint whose tensors for images are copied along, unchanged.
 
     Raises:
-        CheckpointError: the directory cannot be written, or `source` cannot be read.
+        CheckpointError: the directory cannot be written, or `source` cannot be read; or weights are in few bits.
     """
     directory = Path(directory)
+    if isinstance(network, Network) and network.quantized():
+        raise CheckpointError(f"{directory}: a network in few bits cannot be saved; copy the directory it came from")
     if not max_shard_bytes > 0:
         raise CheckpointError(f"max_shard_bytes: {max_shard_bytes} is not above 0")
     tensors = [_outgoing(name, tensor, dtype) for name, tensor in network.state_dict().items()]
@@ -99,8 +103,8 @@ def _copy_text_files(staging: Staging, text_files: Path) -> None:
 
 
 def _with_type(raw: dict[str, Any], saved_type: str) -> dict[str, Any]:
-    """The content of `config.json` with the weights' type wherever it names one."""
-    result = {key: value for key, value in raw.items() if key != "torch_dtype"} | {"dtype": saved_type}
+    """The content of `config.json` with the weights' type wherever it names one, and nothing of few bits."""
+    result = {key: value for key, value in raw.items() if key not in ("torch_dtype", KEY)} | {"dtype": saved_type}
     text = result.get("text_config")
     if isinstance(text, dict):
         result["text_config"] = {

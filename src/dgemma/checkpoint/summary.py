@@ -7,13 +7,24 @@ from pathlib import Path
 
 from ..config import ModelConfig
 from ..memory import machine_memory
-from .files import find_weights, has_weights
-from .names import Kind, classify
+from ..quant import FORMATS, Policy
+from ..quant.layouts import SCALE, ZERO
+from ..quant.scheme import Scheme
+from .files import Entry, find_weights, has_weights
+from .names import Kind, Place, classify, place
+from .scheme import read_scheme
 
 CONTEXT = 8192
-# Bits a weight of the matrices. The integer formats carry a 16-bit scale for each group of 32 weights. What is no
-# matrix (norms, scalars, scales) stays at 16 bits in every format but float32; it is less than a thousandth.
-_FORMATS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
+STORED = "as stored"
+_KINDS = {
+    "embedding": "embedding",
+    "attention": "attention",
+    "dense MLP": "mlp",
+    "experts": "experts",
+    "router": "router",
+    "self-conditioning": "conditioning",
+}
+_SCALE_BITS = 32  # in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +54,8 @@ class Summary:
         files, tensors: numbers of weight files and of tensors in them.
         vision_tensors: how many of them are for images; they are not loaded.
         context: tokens that the cache is counted for.
-        memory: one entry a format, float32 to int4.
+        scheme: of weights in few bits; None where there are none.
+        memory: one entry a format, float32 to int4; before them, where the weights are in few bits, "as stored".
         machine_memory: bytes of this machine's memory, None where it cannot be told.
     """
 
@@ -57,6 +69,7 @@ class Summary:
     tensors: int
     vision_tensors: int
     context: int
+    scheme: Scheme | None
     memory: tuple[FormatMemory, ...]
     machine_memory: int | None
 
@@ -84,6 +97,11 @@ def summarize(directory: Path, *, context: int = CONTEXT) -> Summary:
     if vision:
         parameters["vision"] = sum(entry.numel for entry in vision)
     machine = machine_memory()
+    scheme = read_scheme(directory, config)
+    memory = [format_memory(config, name, context, machine) for name in ("float32", "bfloat16", *reversed(FORMATS))]
+    if scheme is not None and entries:
+        held = sum(_held(spot, entries) for name in entries if (spot := place(name)) is not None)
+        memory.insert(0, _memory(STORED, held, memory[1].cache, machine))
     return Summary(
         directory=directory,
         config=config,
@@ -95,23 +113,41 @@ def summarize(directory: Path, *, context: int = CONTEXT) -> Summary:
         tensors=len(entries),
         vision_tensors=len(vision),
         context=context,
-        memory=tuple(format_memory(config, name, context, machine) for name in _FORMATS),
+        scheme=scheme,
+        memory=tuple(memory),
         machine_memory=machine,
     )
 
 
 def format_memory(config: ModelConfig, name: str, context: int, machine: int | None) -> FormatMemory:
-    """Memory of weights in one format and of one sequence's cache; an estimate for the integer formats.
+    """Memory of weights in one format and of one sequence's cache.
 
-    The cache holds 16-bit keys and values (32-bit for float32 weights): of all tokens in full layers, of the window
-    in sliding ones.
+    Formats in few bits are what `dgemma quantize` makes by default: a scale for each 64 inputs in int4, else one a
+    row; kinds that it keeps at 16 bits. The cache holds 16-bit keys and values (32-bit for float32 weights): of all
+    tokens in full layers, of the window in sliding ones.
     """
-    small = config.parameters()["norms and scalars"]
-    matrices = config.total_parameters() - small
-    wide = name == "float32"
-    weights = int(matrices * _FORMATS[name] / 8) + small * (4 if wide else 2)
-    full, sliding = config.cache_bytes_per_token(4 if wide else 2)
-    cache = full * context + sliding * min(context, config.sliding_window)
-    return FormatMemory(
-        name=name, weights=weights, cache=cache, fits=None if machine is None else weights + cache <= machine
-    )
+    wide = 32 if name == "float32" else 16
+    bits = 0.0
+    for part, count in config.parameters().items():
+        choice = Policy(format=name).choice(_KINDS.get(part)) if name in FORMATS else "keep"
+        each = {"int4": 4 + _SCALE_BITS / 64, "keep": wide}.get(choice, 8 + _SCALE_BITS / config.hidden_size)
+        bits += count * each
+    full, sliding = config.cache_bytes_per_token(wide // 8)
+    return _memory(name, int(bits / 8), full * context + sliding * min(context, config.sliding_window), machine)
+
+
+def _memory(name: str, weights: int, cache: int, machine: int | None) -> FormatMemory:
+    fits = None if machine is None else weights + cache <= machine
+    return FormatMemory(name=name, weights=weights, cache=cache, fits=fits)
+
+
+def _held(spot: Place, entries: dict[str, Entry]) -> int:
+    """Bytes in memory of one tensor on disk: see `quant.layouts.Layout`; floating-point tensors at 16 bits."""
+    name = spot.module if spot.module in entries else f"{spot.module}.{spot.part}"
+    entry = entries[name]
+    if spot.part == SCALE:
+        return entry.numel * _SCALE_BITS // 8
+    if entry.dtype not in ("U8", "I8", "I32", "I64", "F8_E4M3"):
+        return entry.numel * 2
+    # A byte a value for NVFP4, and where there are zero points.
+    return entry.nbytes * (2 if entry.dtype == "U8" or f"{spot.module}.{ZERO}" in entries else 1)

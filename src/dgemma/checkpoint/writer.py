@@ -7,7 +7,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,12 +31,38 @@ class Outgoing:
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return math.prod(self.shape) * BITS[self.dtype] // 8
+        return size_of(self.dtype, self.shape)
 
     @classmethod
     def copy_of(cls, entry: Entry) -> Outgoing:
         """The same tensor as in another file, unchanged."""
         return cls(name=entry.name, dtype=entry.dtype, shape=entry.shape, blocks=lambda: read_blocks(entry))
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * BITS[dtype] // 8
+
+
+def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file, and where in it each tensor starts, in the file's order.
+
+    Args:
+        tensors: type and shape by name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this entry
+    starts: dict[str, int] = {}
+    position = 0
+    # Wide types first, as the library does it: every tensor then starts at a multiple of its type's size.
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-BITS[item[1][0]], item[0])):
+        end = position + size_of(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        starts[name] = position
+        position = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    raw = len(raw).to_bytes(8, "little") + raw
+    return raw, {name: start + len(raw) for name, start in starts.items()}
 
 
 class Staging:
@@ -55,7 +81,7 @@ class Staging:
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: is a file; a checkpoint is written to a directory")
         missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        with _explained(self.directory):
+        with explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         self._made = missing
         return self
@@ -75,7 +101,7 @@ class Staging:
         """Opens a staged file for writing; it is on the disk, not only in the cache, when this ends."""
         path = self.directory / f".{name}.{self._mark}.tmp"
         self._staged[name] = path
-        with _explained(self.directory / name), path.open("wb") as file:
+        with explained(self.directory / name), path.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -87,19 +113,11 @@ class Staging:
 
     def write_tensors(self, name: str, tensors: Sequence[Outgoing]) -> None:
         """Stages a safetensors file, one tensor in memory at a time."""
-        # Wide types first, as the library does it: every tensor then starts at a multiple of its type's size.
-        ordered = sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this entry
-        position = 0
-        for tensor in ordered:
-            end = position + tensor.nbytes
-            header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
-            position = end
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        raw, starts = make_header({name: (tensor.dtype, tensor.shape) for name, tensor in by_name.items()})
         with self.open(name) as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for tensor in ordered:
+            file.write(raw)
+            for tensor in (by_name[each] for each in starts):
                 written = sum(file.write(block) for block in tensor.blocks())
                 assert written == tensor.nbytes, tensor.name
 
@@ -108,7 +126,7 @@ class Staging:
         old = {path for path in remove if path.exists()}
         old |= {path for name in self._staged if (path := self.directory / name).exists()}
         undo: list[tuple[Path, Path]] = []
-        with _explained(self.directory):
+        with explained(self.directory):
             try:
                 for path in sorted(old):
                     aside = path.with_name(f".{path.name}.{self._mark}.old")
@@ -150,7 +168,7 @@ def stage_weights(staging: Staging, tensors: Sequence[Outgoing], max_shard_bytes
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turns the system's errors into one that names the path."""
     try:
         yield

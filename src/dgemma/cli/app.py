@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": (".batch:batch", "Answers to all lines of a file, resumably."),
     "serve": (".serve:serve", "The HTTP server, OpenAI-compatible, with a web page."),
     "info": (".info:info", "A model's sizes, its memory at each format, what fits on this machine."),
+    "quantize": (".quantize:quantize", "A copy of a model in few bits, made in bounded memory, resumably."),
     "train": (".train:train", "Train a model by a recipe, resumably."),
     "eval": (".eval:evaluate", "Exact match and speed on held-out prompts."),
 }

@@ -40,6 +40,8 @@ FLAGS = {
     "max_batch": "--max-batch",
     "max_queue": "--max-queue",
     "max_model_len": "--max-model-len",
+    "group": "--group",
+    "kind": "--kind",
     "prompt": "PROMPT",
     "source": "IN",
     "target": "OUT",

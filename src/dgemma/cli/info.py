@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def info(model: str, as_json: bool) -> None:
     """Sizes of MODEL (`demo`, a directory, or a Hugging Face id), its memory at each format, and what fits here.
 
-    A directory that holds only a config.json will do.
+    A directory that holds only a config.json will do. The formats in few bits are what `dgemma quantize` makes.
     """
     if not model.strip() or "\0" in model:
         raise BadInput("MODEL: is empty; give `demo`, a directory or a Hugging Face id")
@@ -70,6 +70,7 @@ def _as_json(model: str, summary: Summary, gpus: list[tuple[str, int]]) -> dict[
         "tensors": summary.tensors,
         "bytes_on_disk": summary.stored_bytes,
         "bytes_on_disk_by_type": summary.stored,
+        "quantized": None if summary.scheme is None else str(summary.scheme),
         "cache_tokens": summary.context,
         "machine_memory_bytes": summary.machine_memory,
         "gpus": [{"name": name, "memory_bytes": count} for name, count in gpus],
@@ -101,6 +102,8 @@ def _as_text(model: str, summary: Summary, gpus: list[tuple[str, int]]) -> list[
         ("context", f"{config.max_position_embeddings:,} tokens"),
         ("on disk", _on_disk(summary)),
     ]  # fmt: skip
+    if summary.scheme is not None:
+        rows.append(("in few bits", f"{summary.scheme}"))
     lines = [f"{name:<12}{value}" for name, value in rows]
     lines += ["", "parameters by part"]
     lines += [f"  {name:<20}{_count(count):>9}{_share(count, summary)}" for name, count in summary.parameters.items()]

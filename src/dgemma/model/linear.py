@@ -1,10 +1,19 @@
-"""Matrix products in which a row's result does not depend on how many other rows there are."""
+"""Matrix products in which a row's result does not depend on how many other rows there are.
+
+A weight is a tensor, or `quant.Quantized`. `linear` and `combine` are the only places that multiply with the latter.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..quant import Quantized
+
+TILE = 1 << 21  # weights in few bits that are made floating-point at a time
 
 
 def least_rows() -> int:
@@ -16,17 +25,42 @@ def least_rows() -> int:
     return max(16, 8 * torch.get_num_threads())
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     """`x @ weight.T`: [..., I] and [O, I] -> [..., O].
 
     On a CPU in float32 few rows are filled up to `least_rows`, so that a token's values are bit for bit the same
     alone, in a batch, and in any chunk of its prompt.
     """
+    if isinstance(weight, Quantized):
+        return torch.cat([linear(x.float(), tile) for tile in _tiles(weight)], dim=-1).to(x.dtype)
     rows = x.shape[:-1].numel()
     if x.device.type != "cpu" or x.dtype != torch.float32 or rows >= least_rows():
         return F.linear(x, weight)
     flat = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, least_rows() - rows))
     return F.linear(flat, weight)[:rows].view(*x.shape[:-1], weight.shape[0])
+
+
+def combine(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+    """`x @ weight`: [..., O] and [O, I] -> [..., I], the rows' weighted sum."""
+    if not isinstance(weight, Quantized):
+        return linear(x, weight.mT)
+    total, first = torch.zeros(*x.shape[:-1], weight.shape[-1], device=x.device), 0
+    for tile in _tiles(weight):
+        total += linear(x[..., first : first + len(tile)].float(), tile.mT)
+        first += len(tile)
+    return total.to(x.dtype)
+
+
+def lookup(tokens: Tensor, weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+    """Rows of a table: [...] int64 and [V, H] -> [..., H]."""
+    return weight[tokens].dequantize().to(dtype) if isinstance(weight, Quantized) else F.embedding(tokens, weight)
+
+
+def _tiles(weight: Quantized) -> Iterator[Tensor]:
+    """A matrix's rows as float32, some at a time: all of them would take eight times its memory."""
+    step = max(1, TILE // weight.shape[-1])
+    for first in range(0, weight.shape[0], step):
+        yield weight[first : first + step].dequantize()
 
 
 class Linear(nn.Linear):

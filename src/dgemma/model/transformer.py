@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import CapacityError
 from ..params import GenerationConfig
+from ..quant import Quantized
 from .block import Block
-from .linear import linear
+from .linear import combine, linear, lookup
 from .norm import RMSNorm
 from .self_conditioning import SelfConditioning
 from .view import Cache, DenoiseView, EncodeView, View
@@ -33,12 +34,21 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that activations have."""
-        return self.embed_tokens.weight.dtype
+        return next(self.parameters()).dtype
+
+    def quantized(self) -> dict[str, Quantized]:
+        """The weights that are held in few bits, by name; they are not in `state_dict`."""
+        return {
+            f"{path}.{name}": weight
+            for path, module in self.named_modules()
+            for name, weight in vars(module).items()
+            if isinstance(weight, Quantized)
+        }
 
     def new_cache(self, batch: int = 1) -> Cache:
         """An empty cache for `batch` sequences; it grows as it is written."""
@@ -74,7 +84,7 @@ class Network(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows of the table times sqrt(H): [B, S] -> [B, S, H]."""
-        return self.embed_tokens(tokens) * self._embedding_scale()
+        return lookup(tokens, self.embed_tokens.weight, self.dtype) * self._embedding_scale()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head, soft-capped: [..., H] -> [..., V] float32."""
@@ -91,7 +101,7 @@ class Network(nn.Module):
 
     def blend(self, weights: Tensor) -> Tensor:
         """`weights @ table * sqrt(H)`: [..., V] -> [..., H]."""
-        return linear(weights.to(self.dtype), self.embed_tokens.weight.mT) * self._embedding_scale()
+        return combine(weights.to(self.dtype), self.embed_tokens.weight) * self._embedding_scale()
 
     def _embedding_scale(self) -> Tensor:
         """sqrt(H), rounded to the table's dtype first."""

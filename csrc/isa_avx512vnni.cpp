@@ -1,0 +1,65 @@
+// x86 with AVX-512 VNNI: one instruction multiplies and adds 64 pairs of bytes.
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace dgemma {
+namespace {
+
+struct Isa {
+    static constexpr const char* kName = "avx512vnni";
+    static constexpr int kRows = 16;  // 16 sums beside weights, mask and activations; more rows would rarely be full
+    static constexpr int kOffset4 = 8, kOffset8 = 128;
+    using Ints = __m512i;
+    using Floats = __m512;
+
+    static Ints all(int32_t value) { return _mm512_set1_epi32(value); }
+    static Floats all(float value) { return _mm512_set1_ps(value); }
+    static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, Floats value) { _mm512_storeu_ps(to, value); }
+    static Floats floats(Ints value) { return _mm512_cvtepi32_ps(value); }
+    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+
+    template <int Rows>
+    static inline void quad(Ints (&sums)[Rows], __m512i weights, const int8_t* values) {
+        DGEMMA_UNROLL
+        for (int r = 0; r < Rows; r++) {
+            int32_t four;
+            memcpy(&four, values + kQuad * r, 4);
+            sums[r] = _mm512_dpbusd_epi32(sums[r], weights, _mm512_set1_epi32(four));
+        }
+    }
+
+    template <int Rows>
+    static inline void chunk4(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        DGEMMA_UNROLL
+        for (int p = 0; p < 4; p++) {
+            const __m512i pair = _mm512_loadu_si512(weights + 64 * p);
+            quad<Rows>(sums, _mm512_and_si512(pair, mask), values + kQuad * Rows * p);
+            quad<Rows>(sums, _mm512_and_si512(_mm512_srli_epi16(pair, 4), mask), values + kQuad * Rows * (p + 4));
+        }
+    }
+
+    template <int Rows>
+    static inline void chunk8(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
+        for (int p = 0; p < 8; p++) {
+            quad<Rows>(sums, _mm512_loadu_si512(weights + 64 * p), values + kQuad * Rows * p);
+        }
+    }
+
+    // 4 x 4 bytes, columns to rows.
+    static void turn16(const uint8_t* from, uint8_t* to) {
+        const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(value, order));
+    }
+};
+
+}  // namespace
+}  // namespace dgemma
+
+#define DGEMMA_KERNELS avx512vnni_kernels
+#include "path.h"

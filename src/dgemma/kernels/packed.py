@@ -1,0 +1,128 @@
+"""Weights laid out for the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..quant import Quantized
+from . import native
+
+LANES, CHUNK = 16, 32  # outputs of a tile, inputs of a chunk: csrc/kernels.h
+MOST_INPUTS = 1 << 16  # with which 32 bits hold every sum
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """One matrix [O, I], or E of them [E, O, I], in tiles of 16 outputs and 32 inputs (csrc/dgemma_cpu.h).
+
+    Outputs are filled up to 16 and inputs to 32 with zeros. The layout is the same on every processor, so it may be
+    written to disk and mapped from there.
+
+    Fields:
+        bits: 4 or 8.
+        group: inputs that share a scale, a multiple of 32; None: one scale a row.
+        shape: (O, I) or (E, O, I).
+        data: uint8, [E, tiles, bytes of a tile].
+        scales: float32 [E, tiles, groups, 16].
+    """
+
+    bits: int
+    group: int | None
+    shape: tuple[int, ...]
+    data: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.data.shape == self.sizes(self.shape, self.bits, self.group)[0]
+        assert self.scales.shape == self.sizes(self.shape, self.bits, self.group)[1]
+        assert self.data.dtype == torch.uint8 and self.scales.dtype == torch.float32
+
+    @staticmethod
+    def sizes(shape: tuple[int, ...], bits: int, group: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of `data` and `scales` for a matrix of some shape."""
+        *count, outputs, inputs = shape
+        tiles, chunks = -(-outputs // LANES), -(-inputs // CHUNK)
+        head = (count[0] if count else 1, tiles)
+        return (*head, chunks * CHUNK * LANES * bits // 8), (*head, inputs // group if group else 1, LANES)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of values and scales."""
+        return self.data.nbytes + self.scales.nbytes
+
+    @property
+    def c(self) -> native.Matrix:
+        """What the library is given; it holds addresses, so keep this object as long as it is used."""
+        *count, outputs, inputs = self.shape
+        data, scales = native.address(self.data), native.address(self.scales)
+        return native.Matrix(self.bits, count[0] if count else 1, outputs, inputs, self.group or 0, data, scales)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of a table [O, I] as numbers: ids [...] int64 -> float32 [..., I]."""
+        assert self.bits == 8 and len(self.shape) == 2
+        flat = ids.flatten()
+        quads = self.data.view(self.data.shape[1], -1, LANES, 4)[flat // LANES, :, flat % LANES]
+        values = quads.flatten(1)[:, : self.shape[1]].float() - 128
+        scales = self.scales[0, flat // LANES, :, flat % LANES]
+        numbers = (values.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+        return numbers.view(*ids.shape, self.shape[1])
+
+
+def can_pack(weight: Quantized) -> bool:
+    """Whether the compiled kernels have a layout for it: whole numbers, groups of whole chunks."""
+    whole = not weight.floating and weight.device.type == "cpu"
+    return whole and (weight.group is None or weight.group % CHUNK == 0) and weight.shape[-1] <= MOST_INPUTS
+
+
+def pack(weight: Quantized) -> Packed | Quantized:
+    """A weight in the layout of the compiled kernels, for `cpu.linear` and the others: done once, at load.
+
+    What they have no layout for comes back as it is, and so does everything where they are missing; the operations
+    take both.
+    """
+    library = native.library()
+    if library is None or not can_pack(weight):
+        return weight
+    data, scales = Packed.sizes(weight.shape, weight.bits, weight.group)
+    packed = Packed(
+        bits=weight.bits,
+        group=weight.group,
+        shape=weight.shape,
+        data=torch.empty(data, dtype=torch.uint8),
+        scales=torch.empty(scales),
+    )
+    values, factors = weight.data.contiguous(), weight.scales.contiguous()
+    library.dgemma_pack(
+        ctypes.byref(packed.c),
+        native.address(values),
+        native.address(factors),
+        native.address(packed.data),
+        native.address(packed.scales),
+        native.threads(),
+    )
+    return packed
+
+
+def unpack(packed: Packed) -> Quantized:
+    """The weight that `pack` was given."""
+    *count, outputs, inputs = packed.shape
+    matrices, tiles, _ = packed.data.shape
+    if packed.bits == 4:
+        both = packed.data.view(matrices, tiles, -1, 4, LANES, 4)
+        quads = torch.cat([both & 15, both >> 4], dim=3).flatten(2, 3)
+    else:
+        quads = packed.data.view(matrices, tiles, -1, LANES, 4)
+    values = quads.transpose(2, 3).reshape(matrices, tiles * LANES, -1)[:, :outputs, :inputs]
+    scales = packed.scales.transpose(2, 3).reshape(matrices, tiles * LANES, -1)[:, :outputs]
+    pairs = packed.bits == 4
+    values = values[..., ::2] | (values[..., 1::2] << 4) if pairs else (values ^ 0x80).view(torch.int8)
+    return Quantized(
+        bits=packed.bits,
+        group=packed.group,
+        data=values.reshape(*count, outputs, -1).contiguous(),
+        scales=scales.reshape(*count, outputs, -1).contiguous(),
+    )
