@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 import dgemma
 from dgemma import SamplingParams
-from dgemma.diffusion import read
 from dgemma.diffusion.canvas import process
 from dgemma.kernels import cpu
+from dgemma.kernels.belief import read
 from dgemma.model.linear import linear
 from dgemma.quant import Quantized
 

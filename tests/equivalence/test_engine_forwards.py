@@ -22,22 +22,30 @@ class Counts:
 
     def __init__(self) -> None:
         self.run: list[int] = []
-        self.logits: list[int] = []
+        self.head: list[int] = []
 
 
 @contextmanager
 def counting(network: Any) -> Iterator[Counts]:
-    counts, run, logits = Counts(), network.run, network.logits
+    counts, run, look, logits = Counts(), network.run, network.look, network.logits
 
     def count_run(x: torch.Tensor, view: Any) -> torch.Tensor:
         counts.run.append(x.shape[:-1].numel())
         return run(x, view)
 
+    def count_look(hidden: torch.Tensor, *args: Any) -> Any:
+        counts.head.append(len(hidden))
+        return look(hidden, *args)
+
     def count_logits(hidden: torch.Tensor) -> torch.Tensor:
-        counts.logits.append(hidden.shape[:-1].numel())
+        counts.head.append(hidden.shape[:-1].numel())
         return logits(hidden)
 
-    with attribute(network, "run", count_run), attribute(network, "logits", count_logits):
+    with (
+        attribute(network, "run", count_run),
+        attribute(network, "look", count_look),
+        attribute(network, "logits", count_logits),
+    ):
         yield counts
 
 
@@ -68,7 +76,7 @@ def test_a_forward_for_each_step_and_none_besides(network: Any, prompt: int, new
     for index, count in enumerate(steps):
         expected += [16 + (16 if index else prompt)] + [16] * (count - 1)
     assert counts.run == expected
-    assert sum(counts.logits) == 16 * sum(steps)
+    assert sum(counts.head) == 16 * sum(steps)
     status = engine.status()
     assert (status.steps, status.forwards, status.tokens) == (sum(steps), sum(steps), new)
     assert result.stats.tokens_per_forward == pytest.approx(new / sum(steps))
@@ -85,7 +93,7 @@ def test_a_long_prompt_takes_forwards_of_its_own(network: Any, prompt: int, step
     assert len(counts.run) == extra + steps
     assert counts.run[:extra] == [step] * extra
     assert counts.run[extra:] == [prompt - extra * step + 16] + [16] * (steps - 1)
-    assert sum(counts.logits) == 16 * steps
+    assert sum(counts.head) == 16 * steps
 
 
 @pytest.mark.parametrize("step", [7, 64])
@@ -96,7 +104,7 @@ def test_autoregressive_mode_takes_one_forward_a_token(network: Any, step: int) 
     result, counts = counted(engine, request)
     chunks = {7: [7, 7, 16], 64: [30]}[step]  # 16 that are left are no more than a canvas
     assert counts.run == chunks + [1] * 8
-    assert counts.logits == [1] * 9
+    assert counts.head == [1] * 9
     assert len(result.tokens) == 9 and result.stats.steps_per_canvas == []
     assert engine.status().forwards == 0 and engine.status().tokens == 9
 
@@ -112,7 +120,7 @@ def test_a_batch_takes_the_forwards_of_its_longest(network: Any) -> None:
     assert len(counts.run) == max(steps) == engine.status().steps
     encoded = sum(9 + n + 16 for n in range(4)) + 8 + 2
     assert sum(counts.run) == encoded + 16 * sum(steps)
-    assert sum(counts.logits) == 16 * sum(steps) + 3
+    assert sum(counts.head) == 16 * sum(steps) + 3
     assert engine.status().forwards == sum(steps)
 
 

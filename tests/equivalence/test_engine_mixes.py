@@ -138,7 +138,8 @@ class Trap:
     [
         ("run", {1, 4, 9, 12}),
         ("embed", {2, 7, 13}),
-        ("logits", {5, 40, 62, 75}),
+        ("look", {5, 40, 62, 75}),
+        ("logits", {5, 40}),
     ],
 )
 def test_steps_that_fail(
@@ -193,7 +194,7 @@ def test_a_failure_after_an_answer_was_complete(
     assert apart.finish_reason == end and 0 < len(apart.tokens) <= 12
     engine = engine_of(network)
     tickets = [engine.submit(short), engine.submit(requests[3])]
-    with attribute(network, "logits", Trap(network, "logits", {2})), pytest.raises(Injected):
+    with attribute(network, "logits", Trap(network, "logits", {1})), pytest.raises(Injected):
         engine.step()
     assert told(list(tickets[0])) == (apart.tokens, apart.stats.steps_per_canvas)
     assert told(list(tickets[1])) == truth[3]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from kernel_weights import random_weight
 from torch import Tensor
 
-from dgemma.diffusion import read
 from dgemma.diffusion.canvas import process
 from dgemma.kernels import cpu, reference
+from dgemma.kernels.belief import Belief, read
 from dgemma.params import SamplingParams
 from dgemma.quant import Quantized, quantize
 
@@ -27,7 +27,7 @@ def truth_of(processed: Tensor) -> tuple[Tensor, Tensor]:
     return logs.exp(), -(logs.exp() * logs.clamp_min(-1e300)).sum(dim=-1)
 
 
-def check_samples(found: cpu.Found, probabilities: Tensor, uniform: Tensor, bound: float) -> None:
+def check_samples(found: Belief, probabilities: Tensor, uniform: Tensor, bound: float) -> None:
     """Each sample is the word into whose stretch of [0, 1) the number falls, but for rounding at its ends."""
     ends = probabilities.cumsum(dim=-1)
     after = ends.gather(-1, found.sampled[:, None])[:, 0]

@@ -18,32 +18,50 @@ from dgemma import SamplingParams
 from dgemma.checkpoint import load as module
 from dgemma.checkpoint import save_checkpoint, summarize
 from dgemma.errors import CapacityError, CheckpointError, ConfigError, DGemmaError
+from dgemma.kernels.cpu import pack, unpack
 from dgemma.model.linear import combine, linear, lookup
 from dgemma.params import GenerationConfig
-from dgemma.quant import quantize, to_fp8
+from dgemma.quant import Quantized, quantize, to_fp8
 
 
-@pytest.mark.parametrize(("form", "bound"), [("int8", 0.05), ("fp8", 0.15), ("int4", 0.45)])
+@pytest.mark.parametrize(("form", "bound"), [("int8", 0.1), ("fp8", 0.15), ("int4", 0.45)])
 def test_near_the_float_network(form: str, bound: float, source: Path, copies: Formats, load: Any) -> None:
-    """The relative distance of logits stays below a few times that of the weights (0.6, 2.6 and 8 %): this network's
-    logits are sharp and it has but two layers, so an error is neither averaged away nor built up."""
+    """The relative distance of logits stays below a few times that of weights (0.6, 2.6 and 8 %) and activations in 8
+    bits (0.8 %): this network's logits are sharp and it has but two layers, so an error is neither averaged away nor
+    built up."""
     wanted, found = look(load(source)), look(load(copies(form)))
     assert 0 < distance(found, wanted) < bound
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_the_same_as_its_weights_made_floating_point(form: str, copies: Formats, load: Any) -> None:
+def test_near_its_weights_made_floating_point(form: str, copies: Formats, load: Any) -> None:
+    """What is left is the rounding of activations."""
     network = load(copies(form))
     assert len(network.quantized()) == 18
     assert not any(name in network.state_dict() for name in network.quantized())
-    assert distance(look(network), look(load(copies(form), dequantize=True))) < 1e-5
+    exact = load(copies(form), dequantize=True)
+    for name, weight in network.quantized().items():
+        assert torch.equal(weight.dequantize(), exact.get_parameter(name).float()), name
+    assert distance(look(network), look(exact)) < 0.08
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_the_compiled_kernels_and_their_twins_give_the_same(
+    form: str, copies: Formats, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, through the whole network."""
+    found = look(load(copies(form)))
+    monkeypatch.setattr("dgemma.kernels.packed.native.library", lambda: None)
+    plain = load(copies(form))
+    assert all(isinstance(weight, Quantized) for weight in plain.quantized().values())
+    assert torch.equal(look(plain), found)
 
 
 def test_fp8_is_int8_on_a_cpu(copies: Formats, load: Any) -> None:
     """Each row is rounded once more, to a 254th of its largest weight at most."""
     held, exact = load(copies("fp8")), load(copies("fp8"), dequantize=True).state_dict()
     for name, weight in held.quantized().items():
-        assert not weight.floating and weight.bits == 8
+        assert weight.bits == 8 and not getattr(weight, "floating", False)
         off = (weight.dequantize() - exact[name]).abs().amax(dim=-1)
         assert bool((off <= exact[name].abs().amax(dim=-1) / 254 * 1.01).all())
 
@@ -62,10 +80,14 @@ def test_products(weight: Callable[[torch.Tensor], Any], dtype: torch.dtype, mon
     y = torch.rand(2, 5, 77, generator=generator).to(dtype)
     exact = matrix.dequantize().double()
     near = {"rtol": 2**-7, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    # Activations in 8 bits, row by row, where weights are whole numbers.
+    rounding = 0 if matrix.floating else x.double().abs().amax(dim=-1, keepdim=True) / 254 * exact.abs().sum(dim=-1)
     for tile in (96, 96 * 10, 1 << 21):
         monkeypatch.setattr("dgemma.model.linear.TILE", tile)
         assert linear(x, matrix).dtype == combine(y, matrix).dtype == dtype
-        assert torch.allclose(linear(x, matrix).double(), x.double() @ exact.T, **near)
+        product = x.double() @ exact.T
+        off = (linear(x, matrix).double() - product).abs()
+        assert (off <= rounding + near["atol"] + near["rtol"] * product.abs()).all()
         assert torch.allclose(combine(y, matrix).double(), y.double() @ exact, **near)
     tokens = torch.tensor([[3, 0], [76, 3]])
     assert torch.equal(lookup(tokens, matrix, dtype), matrix.dequantize()[tokens].to(dtype))
@@ -77,7 +99,8 @@ def test_a_row_does_not_depend_on_the_others(form: str, copies: Formats, load: A
     network = load(copies(form))
     x = torch.randn(37, SPEC.hidden, generator=torch.Generator().manual_seed(0))
     for name, weight in network.quantized().items():
-        matrix = weight[0] if weight.data.dim() == 3 else weight
+        plain = weight if isinstance(weight, Quantized) else unpack(weight)
+        matrix = pack(plain[0]) if len(plain.shape) == 3 else weight
         rows = x[:, : matrix.shape[-1]].contiguous() if matrix.shape[-1] <= SPEC.hidden else torch.cat([x, x], dim=1)
         rows = rows[:, : matrix.shape[-1]]
         together = linear(rows, matrix)

@@ -316,16 +316,16 @@ def test_errors_reach_the_right_reader(network: Any, requests: list[Request], tr
     """In a thread-driven engine a request that fails alone raises at its own ticket, blocking or not."""
     engine = engine_of(network)
     bad = ask(network, requests[1].prompt, seed=77)
-    logits = network.logits
+    run = network.run
 
-    def broken(hidden: Any) -> Any:
-        scores = logits(hidden)
+    def broken(x: Any, view: Any) -> Any:
+        hidden = run(x, view)
         rows = [row for row in engine._running if row.request.seed == 77 and row.canvas is not None]
-        return scores * float("nan") if rows and len(engine._running) == 1 else scores
+        return hidden * float("nan") if rows and len(engine._running) == 1 else hidden
 
     tickets = [engine.submit(request) for request in requests[:2]]
     assert [tokens_of(ticket) for ticket in tickets] == truth[:2]
-    with attribute(network, "logits", broken):
+    with attribute(network, "run", broken):
         engine.start()
         with pytest.raises(RequestError, match="not numbers"):
             list(engine.submit(bad))

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig
 from ..errors import CapacityError, CheckpointError, ConfigError
+from ..kernels import cpu
+from ..kernels.packed import CHUNK, can_pack
 from ..memory import machine_memory
 from ..model import Network
 from ..quant import Quantized, quantize
@@ -36,8 +38,8 @@ def load_network(
     """Builds the network and fills it from the directory's safetensors files, strictly and in bounded memory.
 
     At most the network and one more tensor (as it is on disk) are in memory at any time. Every check that needs no
-    tensor's content is done before the first one is read. Weights in few bits stay so (`quant.Quantized`); on a CPU,
-    FP8 becomes int8 with a scale a row, as CPUs have no arithmetic for it.
+    tensor's content is done before the first one is read. Weights in few bits stay so (`kernels.cpu.Weight`). What the
+    CPU kernels do not multiply with becomes int8 on a CPU: FP8 with a scale a row, groups of 16 with one for each 32.
 
     Args:
         directory: where the weights are; see `files.find_weights`.
@@ -81,7 +83,8 @@ def load_network(
                 whole[piece.where] = read_quantized(piece).dequantize().to(device=device, dtype=dtype)
             _put(network, name, whole)
         else:
-            _put(network, name, _quantized(weight, device))
+            held = _quantized(weight, device)
+            _put(network, name, cpu.pack(held) if device.type == "cpu" else held)
     if found.vision:
         warnings.warn(
             f"{directory}: left {len(found.vision)} tensors for images on disk; text works, images do not",
@@ -178,8 +181,9 @@ def _quantized(weight: Weight, device: torch.device) -> Quantized:
     for piece in weight.pieces:
         target = None if whole is None else whole[piece.where]
         matrix = read_quantized(piece, target if device.type == "cpu" else None)
-        if matrix.floating and device.type == "cpu":
-            matrix = quantize(matrix.dequantize(), bits=8, group=None, search=False)
+        if device.type == "cpu" and not can_pack(matrix):
+            spread = matrix.floating or matrix.shape[-1] % CHUNK != 0
+            matrix = quantize(matrix.dequantize(), bits=8, group=None if spread else CHUNK, search=False)
         if len(weight.pieces) == 1:
             return matrix.to(device)
         if whole is None or target is None:
@@ -208,11 +212,11 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _put(network: nn.Module, name: str, weight: torch.Tensor | Quantized) -> None:
+def _put(network: nn.Module, name: str, weight: torch.Tensor | cpu.Weight) -> None:
     """Puts a weight in the place of the parameter or buffer of that name."""
     path, _, last = name.rpartition(".")
     owner = network.get_submodule(path)
-    if isinstance(weight, Quantized):
+    if not isinstance(weight, torch.Tensor):
         del owner._parameters[last]
         setattr(owner, last, weight)
         return

@@ -1,6 +1,5 @@
 """Block diffusion: formulas in sampling.py, the references' rules in policy.py, the loop in generate.py."""
 
-from .belief import Belief, read
 from .canvas import Canvas, Step
 from .draws import CounterDraws, Draws, GlobalDraws
 from .generate import Output, generate, settle
@@ -9,7 +8,6 @@ from .policy import JAX, TRANSFORMERS, Policy
 __all__ = [
     "JAX",
     "TRANSFORMERS",
-    "Belief",
     "Canvas",
     "CounterDraws",
     "Draws",
@@ -18,6 +16,5 @@ __all__ = [
     "Policy",
     "Step",
     "generate",
-    "read",
     "settle",
 ]

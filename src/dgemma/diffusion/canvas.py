@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..kernels.belief import Belief
+from ..kernels.wish import Wish
 from ..params import GenerationConfig, SamplingParams
-from .belief import Belief
 from .draws import Draws
 from .policy import Policy, Stability
 from .sampling import accept, entropy, keep_likely, refuse, temperature, through_end
@@ -78,12 +79,36 @@ class Canvas:
 
     def process(self, scores: Tensor, first: int = 0) -> Tensor:
         """The network's scores [B, n, V] of the positions from `first` on -> what the next token is drawn from."""
-        settings, length = self.settings, self.tokens.shape[1]
+        return process(scores, self.params, self._heat, self.ends, max(0, self._barred - first))
+
+    @property
+    def wish(self) -> Wish | None:
+        """What `process` does, for kernels that do it themselves; None where it also looks for the likeliest words."""
+        params = self.params
+        if params.top_k or params.top_p < 1 or params.min_p > 0:
+            return None
+        return Wish(
+            heat=float(self._heat * (params.temperature or 1.0)),
+            bias=tuple(dict(params.logit_bias or {}).items()),
+            ends=tuple(self.ends.tolist()),
+            barred=self._barred,
+        )
+
+    @property
+    def likeliest(self) -> Tensor | None:
+        """The likeliest tokens [B, L] of the last step; None before the first."""
+        return self._argmax if self.number else None
+
+    @property
+    def _heat(self) -> Tensor:
+        settings = self.settings
         step = settings.max_denoising_steps - self.number
-        heat = temperature(step, settings.max_denoising_steps, settings.t_min, settings.t_max)
-        # Positions of this canvas that may not end the answer.
-        barred = max(0, min(length, self.params.min_tokens - self.before) - first)
-        return process(scores, self.params, heat, self.ends, barred)
+        return temperature(step, settings.max_denoising_steps, settings.t_min, settings.t_max)
+
+    @property
+    def _barred(self) -> int:
+        """Positions of this canvas that may not end the answer."""
+        return max(0, min(self.tokens.shape[1], self.params.min_tokens - self.before))
 
     def believe(self, processed: Tensor) -> Belief:
         """Argmax, sample and entropy of every position, of the processed scores [B, L, V].

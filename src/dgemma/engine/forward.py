@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion import Belief, Canvas, CounterDraws, read
+from ..diffusion import Canvas, CounterDraws
 from ..diffusion.canvas import check_numbers, process
 from ..errors import DGemmaError
 from ..events import TokenLogprob
+from ..kernels.belief import Belief, read
 from ..model import Mode, Network
 from .pages import Pages, Table
 from .ragged import RaggedView, Segment, Store
@@ -112,10 +113,17 @@ class Forward:
 
     def _believe(self, row: Row, canvas: Canvas, hidden: Tensor) -> tuple[Belief, Tensor, list[TokenLogprob]]:
         """Hidden states [1, L, H] -> beliefs, soft embeddings and log-probabilities, in tiles of positions."""
-        params, length = row.request.params, hidden.shape[1]
+        params, length, device = row.request.params, hidden.shape[1], hidden.device
         greedy, top = params.temperature == 0, params.logprobs
         number = canvas.number + 1
         uniform = None if greedy else row.draws.uniform(canvas.index, number, CounterDraws.SAMPLE, length)
+        wish = canvas.wish
+        if wish is not None and top is None and device.type == "cpu":
+            hint = canvas.likeliest
+            rows = (None if given is None else given[0] for given in (uniform, hint))
+            look = self.network.look(hidden[0], wish, *rows)
+            assert look.soft is not None
+            return Belief(*(values[None] for values in look.found)), look.soft[None], []
         beliefs, soft, logprobs = [], [], []
         for first in range(0, length, self.tile):
             part = slice(first, first + self.tile)
@@ -126,7 +134,7 @@ class Forward:
             if top is not None:
                 pins = canvas.pins[0, part]
                 logprobs += logprobs_of(scores[0], torch.where(pins >= 0, pins, belief.argmax[0]), top)
-        fields = (torch.cat([getattr(b, name) for b in beliefs], dim=1) for name in ("argmax", "sampled", "entropies"))
+        fields = (torch.cat(parts, dim=1) for parts in zip(*beliefs, strict=True))
         return Belief(*fields), torch.cat(soft, dim=1), logprobs
 
     def _next_tokens(self, rows: list[tuple[Work, Tensor]], failed: list[tuple[Row, DGemmaError]]) -> None:

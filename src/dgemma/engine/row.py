@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion import TRANSFORMERS, Belief, Canvas, CounterDraws, Step
+from ..diffusion import TRANSFORMERS, Canvas, CounterDraws, Step
 from ..events import Commit, Draft, Early, Finish, Result, Stats, TokenLogprob
+from ..kernels.belief import Belief
 from ..params import GenerationConfig, SamplingParams
 from ..text import Tokenizer
 from .early import RULES, Prefix

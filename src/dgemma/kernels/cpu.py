@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from ..quant import Quantized
 from . import native, reference
+from .belief import Belief
 from .packed import Packed, pack, unpack
-from .wish import Found, Wish, beliefs_of
+from .wish import Wish, beliefs_of
 
 __all__ = [
-    "Found", "Look", "Packed", "Wish", "available", "experts", "isa", "linear", "mlp", "pack", "read", "unpack",
-    "vocabulary",
+    "Look", "Packed", "Weight", "Wish", "available", "experts", "isa", "linear", "pack", "read", "unpack", "vocabulary",
 ]  # fmt: skip
 
 Weight = Packed | Quantized
@@ -42,7 +42,7 @@ class Look(NamedTuple):
         share: of all pairs of a position and a stretch of words, those that took part in `soft`.
     """
 
-    found: Found
+    found: Belief
     soft: Tensor | None
     share: float
 
@@ -108,19 +108,7 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: 
     return out
 
 
-def mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """A gated feed-forward, `gate_up` [2I, H] (gate rows first) and `down` [H, I]: [..., H] -> [..., H] in x's dtype.
-
-    Equals its twin bit for bit: what is between the two products stays in float32.
-    """
-    flat = _rows(x, gate_up)
-    if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
-        return reference.mlp(flat, _plain(gate_up), _plain(down)).view(x.shape)
-    ones, zeros = torch.ones(len(flat), 1), torch.zeros(len(flat), 1, dtype=torch.int64)
-    return experts(flat, ones, zeros, _stacked(gate_up), _stacked(down)).view(x.shape)
-
-
-def read(scores: Tensor, wish: Wish, uniform: Tensor | None) -> tuple[Found, Tensor, Tensor]:
+def read(scores: Tensor, wish: Wish, uniform: Tensor | None) -> tuple[Belief, Tensor, Tensor]:
     """Scores [n, V] float32 -> what is found, the weights exp(score - largest) [n, V] and their sums [n, 1].
 
     Overwrites `scores`. In float32 without a cap the division is the only rounding before the argmax, so the argmax is
@@ -203,7 +191,7 @@ def vocabulary(
         looks.append(Look(found, blend, share * len(scores) / len(hidden)))
     fields = (torch.cat(values) for values in zip(*(look.found for look in looks), strict=True))
     blends = torch.cat([look.soft for look in looks if look.soft is not None]) if soft else None
-    return Look(Found(*fields), blends, sum(look.share for look in looks))
+    return Look(Belief(*fields), blends, sum(look.share for look in looks))
 
 
 def _fused(hidden: Tensor, table: Packed, wish: Wish, uniform: Tensor | None, hint: Tensor | None, soft: bool) -> Look:
@@ -273,10 +261,3 @@ def _library() -> ctypes.CDLL:
 
 def _plain(weight: Weight) -> Quantized:
     return unpack(weight) if isinstance(weight, Packed) else weight
-
-
-def _stacked(weight: Packed) -> Packed:
-    """One matrix as a stack of one."""
-    return Packed(
-        bits=weight.bits, group=weight.group, shape=(1, *weight.shape), data=weight.data, scales=weight.scales
-    )

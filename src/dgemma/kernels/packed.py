@@ -49,6 +49,10 @@ class Packed:
         head = (count[0] if count else 1, tiles)
         return (*head, chunks * CHUNK * LANES * bits // 8), (*head, inputs // group if group else 1, LANES)
 
+    def dequantize(self) -> Tensor:
+        """Value times scale: float32, as `shape` says."""
+        return unpack(self).dequantize()
+
     @property
     def nbytes(self) -> int:
         """Memory of values and scales."""
@@ -63,10 +67,14 @@ class Packed:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a table [O, I] as numbers: ids [...] int64 -> float32 [..., I]."""
-        assert self.bits == 8 and len(self.shape) == 2
-        flat = ids.flatten()
-        quads = self.data.view(self.data.shape[1], -1, LANES, 4)[flat // LANES, :, flat % LANES]
-        values = quads.flatten(1)[:, : self.shape[1]].float() - 128
+        assert len(self.shape) == 2
+        flat, tiles = ids.flatten(), self.data.shape[1]
+        if self.bits == 8:
+            quads = self.data.view(tiles, -1, LANES, 4)[flat // LANES, :, flat % LANES]
+        else:
+            both = self.data.view(tiles, -1, 4, LANES, 4)[flat // LANES, :, :, flat % LANES]
+            quads = torch.cat([both & 15, both >> 4], dim=2)
+        values = quads.flatten(1)[:, : self.shape[1]].float() - (128 if self.bits == 8 else 8)
         scales = self.scales[0, flat // LANES, :, flat % LANES]
         numbers = (values.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
         return numbers.view(*ids.shape, self.shape[1])
@@ -74,8 +82,9 @@ class Packed:
 
 def can_pack(weight: Quantized) -> bool:
     """Whether the compiled kernels have a layout for it: whole numbers, groups of whole chunks."""
-    whole = not weight.floating and weight.device.type == "cpu"
-    return whole and (weight.group is None or weight.group % CHUNK == 0) and weight.shape[-1] <= MOST_INPUTS
+    return (
+        not weight.floating and (weight.group is None or weight.group % CHUNK == 0) and weight.shape[-1] <= MOST_INPUTS
+    )
 
 
 def pack(weight: Quantized) -> Packed | Quantized:

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quant import Quantized
-from .wish import Found, Wish
+from . import belief
+from .belief import Belief
+from .wish import Wish
 
 _EXACT = 1 << 24  # whole numbers below it are exact in float32
 
@@ -35,7 +37,7 @@ def linear(x: Tensor, weight: Quantized) -> Tensor:
     of the groups, times the row's scale. Floating-point weights are products of their own.
     """
     if weight.floating:
-        return F.linear(x, weight.dequantize().to(x.dtype))
+        return F.linear(x.float(), weight.dequantize()).to(x.dtype)
     values, scales = quantize_rows(x)
     width = weight.shape[-1]
     span = weight.group or width
@@ -89,19 +91,8 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Quantized, dow
     return total.to(x.dtype)
 
 
-def read(scores: Tensor, wish: Wish, uniform: Tensor | None) -> tuple[Found, Tensor, Tensor]:
+def read(scores: Tensor, wish: Wish, uniform: Tensor | None) -> tuple[Belief, Tensor, Tensor]:
     """Scores [n, V] float32 -> what is found, the weights exp(score - largest) [n, V] and their sums [n, 1]."""
-    processed = wish.process(scores)
-    broken = ~torch.isfinite(scores).all(dim=-1)
-    argmax = torch.where(broken, 0, processed.argmax(dim=-1))
-    logs = processed - processed.gather(-1, argmax[:, None])
-    weights = torch.where(broken[:, None], 0.0, torch.exp(logs))
-    total = weights.sum(dim=-1, keepdim=True)
-    mean = (weights * logs.clamp_min(-1e4)).sum(dim=-1)
-    entropies = torch.where(broken, torch.nan, torch.log(total[:, 0]) - mean / total[:, 0])
-    sampled = argmax
-    if uniform is not None:
-        ends = weights.double().cumsum(dim=-1)
-        target = torch.minimum(uniform.double()[:, None] * ends[:, -1:], ends[:, -1:] * (1 - 1e-15))
-        sampled = torch.where(broken, 0, torch.searchsorted(ends, target, right=True)[:, 0])
-    return Found(argmax, sampled, entropies), weights, total
+    sound = torch.isfinite(scores).all(dim=-1)
+    found, weights, total = belief.read(wish.process(scores), uniform)
+    return found._replace(entropies=torch.where(sound, found.entropies, torch.nan)), weights, total

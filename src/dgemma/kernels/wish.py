@@ -1,23 +1,15 @@
-"""What a request wants of its scores, and what is found in them."""
+"""What a request wants of its scores, as the library takes it."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
-
-
-class Found(NamedTuple):
-    """Of n positions: the likeliest word, the sampled one, the entropy in nats (NaN where a score is not finite)."""
-
-    argmax: Tensor
-    sampled: Tensor
-    entropies: Tensor
+from .belief import Belief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +59,8 @@ class Wish:
         return plain, [biased, bias, ends]
 
 
-def beliefs_of(count: int, totals: bool) -> tuple[Found, Tensor | None, native.CBeliefs]:
+def beliefs_of(count: int, totals: bool) -> tuple[Belief, Tensor | None, native.CBeliefs]:
     """Memory for what is found of n positions, the totals, and both as the library is given them."""
-    found = Found(torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64), torch.empty(count))
+    found = Belief(torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64), torch.empty(count))
     sums = torch.empty(count, 1) if totals else None
     return found, sums, native.CBeliefs(*(ctypes.c_void_p(native.address(t)) for t in (*found, sums)))

@@ -1,6 +1,6 @@
 """Matrix products in which a row's result does not depend on how many other rows there are.
 
-A weight is a tensor, or `quant.Quantized`. `linear` and `combine` are the only places that multiply with the latter.
+A weight is a tensor, or one in few bits: `quant.Quantized`, or `kernels.cpu.Packed` where the CPU kernels are there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quant import Quantized
+from ..kernels import cpu
 
+Weight = Tensor | cpu.Weight
 TILE = 1 << 21  # weights in few bits that are made floating-point at a time
 
 
@@ -25,14 +26,16 @@ def least_rows() -> int:
     return max(16, 8 * torch.get_num_threads())
 
 
-def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [..., I] and [O, I] -> [..., O].
 
     On a CPU in float32 few rows are filled up to `least_rows`, so that a token's values are bit for bit the same
-    alone, in a batch, and in any chunk of its prompt.
+    alone, in a batch, and in any chunk of its prompt. Weights in few bits meet activations in 8 bits there.
     """
-    if isinstance(weight, Quantized):
-        return torch.cat([linear(x.float(), tile) for tile in _tiles(weight)], dim=-1).to(x.dtype)
+    if not isinstance(weight, Tensor):
+        if x.device.type == "cpu":
+            return cpu.linear(x, weight)
+        return torch.cat([F.linear(x, tile.to(x.dtype)) for tile in _tiles(weight)], dim=-1)
     rows = x.shape[:-1].numel()
     if x.device.type != "cpu" or x.dtype != torch.float32 or rows >= least_rows():
         return F.linear(x, weight)
@@ -40,9 +43,9 @@ def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     return F.linear(flat, weight)[:rows].view(*x.shape[:-1], weight.shape[0])
 
 
-def combine(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+def combine(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight`: [..., O] and [O, I] -> [..., I], the rows' weighted sum."""
-    if not isinstance(weight, Quantized):
+    if isinstance(weight, Tensor):
         return linear(x, weight.mT)
     total, first = torch.zeros(*x.shape[:-1], weight.shape[-1], device=x.device), 0
     for tile in _tiles(weight):
@@ -51,16 +54,20 @@ def combine(x: Tensor, weight: Tensor | Quantized) -> Tensor:
     return total.to(x.dtype)
 
 
-def lookup(tokens: Tensor, weight: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+def lookup(tokens: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Rows of a table: [...] int64 and [V, H] -> [..., H]."""
-    return weight[tokens].dequantize().to(dtype) if isinstance(weight, Quantized) else F.embedding(tokens, weight)
+    if isinstance(weight, Tensor):
+        return F.embedding(tokens, weight)
+    rows = weight.rows(tokens) if isinstance(weight, cpu.Packed) else weight[tokens].dequantize()
+    return rows.to(dtype)
 
 
-def _tiles(weight: Quantized) -> Iterator[Tensor]:
+def _tiles(weight: cpu.Weight) -> Iterator[Tensor]:
     """A matrix's rows as float32, some at a time: all of them would take eight times its memory."""
-    step = max(1, TILE // weight.shape[-1])
-    for first in range(0, weight.shape[0], step):
-        yield weight[first : first + step].dequantize()
+    plain = cpu.unpack(weight) if isinstance(weight, cpu.Packed) else weight
+    step = max(1, TILE // plain.shape[-1])
+    for first in range(0, plain.shape[0], step):
+        yield plain[first : first + step].dequantize()
 
 
 class Linear(nn.Linear):

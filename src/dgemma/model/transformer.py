@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import CapacityError
+from ..kernels import cpu
 from ..params import GenerationConfig
-from ..quant import Quantized
 from .block import Block
 from .linear import combine, linear, lookup
 from .norm import RMSNorm
@@ -41,13 +43,13 @@ class Network(nn.Module):
         """The dtype that activations have."""
         return next(self.parameters()).dtype
 
-    def quantized(self) -> dict[str, Quantized]:
+    def quantized(self) -> dict[str, cpu.Weight]:
         """The weights that are held in few bits, by name; they are not in `state_dict`."""
         return {
             f"{path}.{name}": weight
             for path, module in self.named_modules()
             for name, weight in vars(module).items()
-            if isinstance(weight, Quantized)
+            if isinstance(weight, cpu.Weight)
         }
 
     def new_cache(self, batch: int = 1) -> Cache:
@@ -91,6 +93,15 @@ class Network(nn.Module):
         scores = linear(hidden, self.embed_tokens.weight).float()
         cap = self.config.final_logit_softcapping
         return scores if cap is None else torch.tanh(scores / cap) * cap
+
+    def look(self, hidden: Tensor, wish: cpu.Wish, uniform: Tensor | None, hint: Tensor | None) -> cpu.Look:
+        """`logits`, what follows from them, and `blend`, in one operation on a CPU: hidden [n, H] -> `Look` of n
+        positions, its soft embeddings [n, H] in the network's dtype. See `kernels.cpu.vocabulary`.
+        """
+        wish = replace(wish, cap=self.config.final_logit_softcapping)
+        look = cpu.vocabulary(hidden, self.embed_tokens.weight, wish, uniform=uniform, hint=hint, product=linear)
+        assert look.soft is not None
+        return look._replace(soft=look.soft.to(self.dtype) * self._embedding_scale())
 
     def soft_embeddings(self, processed_logits: Tensor) -> Tensor:
         """`softmax(processed) @ table * sqrt(H)`: [B, L, V] -> [B, L, H], the next step's self-conditioning.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..config import AttentionShape
-from ..diffusion import read
 from ..diffusion.sampling import accept
+from ..kernels.belief import read
 from ..model import Mode, Network, View
 from .data import Batch
 from .head import cross_entropy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,8 @@ BLOCK = 64  # words that are summed before the block that holds a sample is sear
 _LEAST = -1e4  # stands for -inf: exp of it is zero, and so is zero times it
 
 
-@dataclass(frozen=True)
-class Belief:
-    """The likeliest token, the sampled one and the entropy (nats) of positions: [B, n] each."""
+class Belief(NamedTuple):
+    """Of positions [...]: the likeliest word, the sampled one, and the entropy in nats."""
 
     argmax: Tensor
     sampled: Tensor
@@ -21,13 +20,13 @@ class Belief:
 
 
 def read(processed: Tensor, uniform: Tensor | None) -> tuple[Belief, Tensor, Tensor]:
-    """Processed scores [B, n, V] -> beliefs, and the distribution as weights [B, n, V] and their sums [B, n, 1].
+    """Processed scores [..., V] -> beliefs, and the distribution as weights [..., V] and their sums [..., 1].
 
     Equal to argmax, `entropy` and a search in the cumulative distribution but for rounding, from one exponential:
     with w = exp(s - max s) and Z = sum w, the entropy is log Z - sum(w log w) / Z. Overwrites `processed`.
 
     Args:
-        uniform: one number in [0, 1) a position, to sample with [B, n]; None samples the likeliest.
+        uniform: one number in [0, 1) a position, to sample with [...]; None samples the likeliest.
     """
     argmax = processed.argmax(dim=-1)
     logs = processed.sub_(processed.gather(-1, argmax[..., None])).clamp_(min=_LEAST)
