@@ -32,23 +32,51 @@ void linear(const Rows& x, int64_t rows, const DgemmaMatrix& weight, void* out, 
     });
 }
 
-// One tile's values, from rows of `bits` bits.
+template <class Word>
+Word word_at(const uint8_t* from) {
+    Word word;
+    memcpy(&word, from, sizeof(word));
+    return word;
+}
+
+// Four nibbles as four bytes.
+uint32_t spread(uint32_t nibbles) {
+    return (nibbles & 0xFu) | (nibbles & 0xF0u) << 4 | (nibbles & 0xF00u) << 8 | (nibbles & 0xF000u) << 12;
+}
+
+// A chunk of one row, 32 values of 8 bits or of 4, to its lane of a tile: a word for each quad.
+void pack_chunk8(const uint8_t* from, uint8_t* out) {
+    for (int quad = 0; quad < kChunk / kQuad; quad++) {
+        const uint32_t word = word_at<uint32_t>(from + quad * kQuad) ^ 0x80808080u;
+        memcpy(out + quad * kLanes * kQuad, &word, sizeof(word));
+    }
+}
+
+void pack_chunk4(const uint8_t* from, uint8_t* out) {
+    for (int quad = 0; quad < kChunk / kQuad / 2; quad++) {
+        const uint32_t low = word_at<uint16_t>(from + quad * 2), high = word_at<uint16_t>(from + 8 + quad * 2);
+        const uint32_t word = spread(low) | spread(high) << 4;
+        memcpy(out + quad * kLanes * kQuad, &word, sizeof(word));
+    }
+}
+
+// One tile's values, from rows of `bits` bits; what a last chunk or tile lacks is zero.
 void pack_tile(const Shape& shape, const uint8_t* values, int64_t tile, uint8_t* out) {
-    memset(out, shape.bits == 4 ? 0x88 : 0x80, static_cast<size_t>(shape.tile_bytes));
-    const int64_t width = shape.inputs * shape.bits / 8;
-    for (int64_t lane = 0; lane < kLanes && tile * kLanes + lane < shape.outputs; lane++) {
-        const uint8_t* row = values + (tile * kLanes + lane) * width;
-        if (shape.bits == 8) {
-            for (int64_t i = 0; i < shape.inputs; i++) {
-                out[(i / kQuad * kLanes + lane) * kQuad + i % kQuad] = static_cast<uint8_t>(row[i] ^ 0x80);
+    const bool four = shape.bits == 4;
+    const int64_t width = shape.inputs * shape.bits / 8, chunk = kChunk * shape.bits / 8;
+    if (width % chunk || (tile + 1) * kLanes > shape.outputs) {
+        memset(out, four ? 0x88 : 0x80, static_cast<size_t>(shape.tile_bytes));
+    }
+    for (int64_t at = 0; at < width; at += chunk) {
+        for (int64_t lane = 0; lane < kLanes && tile * kLanes + lane < shape.outputs; lane++) {
+            const uint8_t* from = values + (tile * kLanes + lane) * width + at;
+            uint8_t filled[kChunk];
+            if (width - at < chunk) {
+                memset(filled, four ? 0x88 : 0, sizeof(filled));
+                memcpy(filled, from, static_cast<size_t>(width - at));
+                from = filled;
             }
-            continue;
-        }
-        for (int64_t i = 0; i < shape.inputs; i++) {
-            const int64_t chunk = i / kChunk, quad = i % kChunk / kQuad;
-            const int nibble = row[i / 2] >> (i % 2 * 4) & 15, shift = quad < 4 ? 0 : 4;
-            uint8_t& to = out[((chunk * 4 + quad % 4) * kLanes + lane) * kQuad + i % kQuad];
-            to = static_cast<uint8_t>((to & ~(15 << shift)) | nibble << shift);
+            (four ? pack_chunk4 : pack_chunk8)(from, out + at * kLanes + lane * kQuad);
         }
     }
 }

@@ -336,8 +336,8 @@ def load(
     Args:
         name: "demo", a directory, or a Hugging Face id.
         device: "cpu", "cuda", "cuda:1", ... or "auto": a GPU if there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto": what `config.json` says, but float32 for a network of
-            less than a billion weights on a CPU, where two bytes a weight save little and cost time.
+        dtype: "float32", "bfloat16", "float16", or "auto": what `config.json` says, but float32 on a CPU for a network
+            of less than a billion weights or one in few bits, where two bytes a number save little and cost time.
         threads: CPU threads to compute with; None leaves torch's choice.
         engine: how many requests run at once, and how much memory they may take.
 
@@ -356,8 +356,9 @@ def load(
     directory = checkpoint.resolve(name)
     config = ModelConfig.read(directory / "config.json")
     generation = GenerationConfig.read(directory / "generation_config.json")
-    small = place.type == "cpu" and config.total_parameters() < 1e9
-    weights = DTYPES.get(dtype, torch.float32 if small else checkpoint.config_dtype(config))
+    little = config.total_parameters() < 1e9 or checkpoint.read_scheme(directory, config) is not None
+    wide = place.type == "cpu" and little
+    weights = DTYPES.get(dtype, torch.float32 if wide else checkpoint.config_dtype(config))
     try:
         network = checkpoint.load_network(directory, config, device=place, dtype=weights)
     except (torch.OutOfMemoryError, MemoryError):

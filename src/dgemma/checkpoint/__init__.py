@@ -11,14 +11,25 @@ if TYPE_CHECKING:
     from .hub import resolve
     from .load import config_dtype, load_network
     from .save import save_checkpoint
+    from .scheme import read_scheme
     from .summary import Summary, summarize
 
-__all__ = ["Summary", "VisionIgnored", "config_dtype", "load_network", "resolve", "save_checkpoint", "summarize"]
+__all__ = [
+    "Summary",
+    "VisionIgnored",
+    "config_dtype",
+    "load_network",
+    "read_scheme",
+    "resolve",
+    "save_checkpoint",
+    "summarize",
+]
 
 _HOMES = {
     "Summary": "summary",
     "config_dtype": "load",
     "load_network": "load",
+    "read_scheme": "scheme",
     "resolve": "hub",
     "save_checkpoint": "save",
     "summarize": "summary",
