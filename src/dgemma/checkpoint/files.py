@@ -7,9 +7,11 @@ the peak at one tensor above the model and stays safe when the file changes unde
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,19 @@ def read_into(entry: Entry, buffer: memoryview) -> None:
                 done += count
     except OSError as error:
         raise CheckpointError(f"{entry.path}: cannot read {entry.name} ({error.strerror or error})") from None
+
+
+def expect(entries: Iterable[Entry]) -> None:
+    """Tells the system which tensors are read next, so that it can fetch them from the disk meanwhile."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    by_path: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.path, []).append(entry)
+    for path, own in by_path.items():
+        first = min(entry.start for entry in own)
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), first, max(e.stop for e in own) - first, os.POSIX_FADV_WILLNEED)
 
 
 def read_blocks(entry: Entry, block: int = _BLOCK) -> Iterator[memoryview]:

@@ -18,7 +18,7 @@ from ..memory import machine_memory
 from ..model import Network
 from ..quant import Quantized, quantize
 from ..quant.codec import decode, plain_part
-from .files import FLOATS, Entry, read_into
+from .files import FLOATS, Entry, expect, read_into
 from .inventory import Inventory, Piece, Weight, take_inventory
 from .names import VisionIgnored
 
@@ -74,7 +74,9 @@ def load_network(
     # One buffer for all tensors that are not used as they are: many that come and go would leave holes in the heap.
     buffer = torch.empty(largest, dtype=torch.uint8, device="cpu")
     # The files' own order: reading runs forward through each shard.
-    for name, weight in sorted(found.weights.items(), key=lambda item: item[1].pieces[0].first):
+    order = sorted(found.weights.items(), key=lambda item: item[1].pieces[0].first)
+    for (name, weight), (_, following) in zip(order, [*order[1:], order[-1]], strict=True):
+        expect(entry for piece in following.pieces for entry in piece.parts.values())
         if weight.layout is None:
             _put(network, name, _floating(weight, buffer if name in converted else None, device, dtype))
         elif dequantize:

@@ -25,8 +25,9 @@ class Store:
         counts = [sliding if shape.sliding else full for shape in config.layers]
         shapes = [(n, s.kv_heads, size, s.head_dim) for n, s in zip(counts, config.layers, strict=True)]
         self._sliding = [shape.sliding for shape in config.layers]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        # Not filled: on a CPU a page that nobody has used takes no memory. `clear` comes before any use.
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
 
     def clear(self, full: list[int], sliding: list[int]) -> None:
         """Fills pages with zeros: what a page holds beyond its tokens is multiplied by zero, and must be a number."""
