@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("csrc")
-COMMON = ["choose", "team", "matrix", "linear", "experts", "read", "vocabulary", "isa_portable"]
+COMMON = ["choose", "team", "matrix", "linear", "experts", "read", "rows", "vocabulary", "isa_portable"]
 # Each instruction set's file and what compilers need to be told for it; the choice among them is made at run time.
 X86 = {
     "avx2": (["-mavx2"], ["/arch:AVX2"]),

@@ -67,6 +67,14 @@ DGEMMA_API void dgemma_experts(const void* x, int32_t half, int64_t rows, int64_
                                const int64_t* experts, const DgemmaMatrix* gate_up, const DgemmaMatrix* down,
                                float* room, void* out, int32_t threads);
 
+// x [T, I] -> x * (mean of squares + eps)^-0.5 * weight, [T, I] in the same dtype; weight [I] float32, or null for none.
+DGEMMA_API void dgemma_norm(const void* x, int32_t half, int64_t rows, int64_t width, const float* weight, float eps,
+                            void* out, int32_t threads);
+
+// gelu(gate) * up, GELU in its tanh form: rows of `width` numbers, `pitch` apart -> out [T, I] without gaps.
+DGEMMA_API void dgemma_gate(const float* gate, const float* up, int64_t pitch, int64_t rows, int64_t width, float* out,
+                            int32_t threads);
+
 // Scores [n, V] float32 -> beliefs; overwritten by the weights exp(score - largest). `uniform` [n] or null: likeliest.
 DGEMMA_API void dgemma_read(float* scores, int64_t rows, int64_t words, const DgemmaWish* wish, const float* uniform,
                             const DgemmaBeliefs* out, int32_t threads);

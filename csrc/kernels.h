@@ -45,6 +45,8 @@ struct Kernels {
     float (*quantise)(const float* x, int64_t n, int64_t padded, int8_t* values);
     // gelu(gate) * up, GELU in its tanh form.
     void (*gate)(const float* gate, const float* up, int64_t n, float* out);
+    // x times (mean of squares + eps)^-0.5, times `weight` [n] unless it is null
+    void (*norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
     // out += weight * x
     void (*add_scaled)(const float* x, float weight, int64_t n, float* out);
 

@@ -3,6 +3,7 @@
 // bits are the same everywhere.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -45,6 +46,15 @@ inline float exponential(float x) {
     return x < -87.0f ? 0.0f : sum * power;
 }
 
+// Rounded correctly, as every processor's own instruction is; not std::sqrt, which the linker might share.
+inline float root(float x) {
+#if defined(__GNUC__)
+    return __builtin_sqrtf(x);
+#else
+    return sqrtf(x);
+#endif
+}
+
 inline float fold(const float (&lane)[kLanes]) {
     float sums[8];
     for (int i = 0; i < 8; i++) sums[i] = lane[i] + lane[i + 8];
@@ -83,6 +93,21 @@ void gate(const float* gates, const float* up, int64_t n, float* out) {
         const float x = gates[i];
         const float twice = x * (1.5957691216f + 0.0713548163f * (x * x));
         out[i] = x / (1.0f + exponential(-twice)) * up[i];
+    }
+}
+
+void norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+    float lane[kLanes] = {};
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t first = 0; first < whole; first += kLanes) {
+        for (int i = 0; i < kLanes; i++) lane[i] = lane[i] + x[first + i] * x[first + i];
+    }
+    for (int64_t i = whole; i < n; i++) lane[i - whole] = lane[i - whole] + x[i] * x[i];
+    const float factor = 1.0f / root(fold(lane) / static_cast<float>(n) + eps);
+    if (weight) {
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
+    } else {
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor;
     }
 }
 

@@ -9,8 +9,8 @@ namespace {
 
 constexpr Kernels kTable = {
     Isa::kName, Isa::kRows, {Isa::kOffset4, Isa::kOffset8}, {product<4>, product<8>}, product<8, true>,
-    quantise,   gate,       add_scaled,                     temper,                   peaks,
-    weigh,      quantise_weights, turn,
+    quantise,   gate,       norm,                           add_scaled,               temper,
+    peaks,      weigh,      quantise_weights,               turn,
 };
 
 }  // namespace

@@ -201,3 +201,47 @@ def test_every_compiled_path_is_one_of_the_known() -> None:
     running = native.running(library)
     assert running[-1] == "portable"
     assert set(running) <= {"avx512vnni", "avxvnni", "avx2", "neon", "portable"}
+
+
+@many
+@given(
+    seed=st.integers(0, 1 << 30),
+    rows=st.integers(0, 40),
+    width=st.sampled_from([1, 15, 16, 17, 32, 100, 704, 2816]),
+    size=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    half=st.booleans(),
+    scaled=st.booleans(),
+)
+def test_norm(isa: str, seed: int, rows: int, width: int, size: float, half: bool, scaled: bool) -> None:
+    """Against float64; rows of nothing but zeros are zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, rows, width, generator=generator) * size
+    x[:, :1] = 0.0
+    x = x.bfloat16() if half else x
+    weight = torch.randn(width, generator=generator) if scaled else None
+    truth = x.double() * (x.double().square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+    truth = truth if weight is None else truth * weight
+    near = {"rtol": 2**-8 if half else 2e-6, "atol": 1e-30}
+    for found in (cpu.norm(x, weight, 1e-6), reference.norm(x, weight, 1e-6)):
+        assert found.dtype == x.dtype and torch.allclose(found.double(), truth, **near)
+
+
+@many
+@given(seed=st.integers(0, 1 << 30), rows=st.integers(0, 40), width=st.sampled_from([1, 15, 16, 96, 704]))
+def test_gate(isa: str, seed: int, rows: int, width: int) -> None:
+    """Two tensors, or the two halves of one; its twin's bits, and near the formula."""
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(rows, 2 * width, generator=generator) * 3
+    gates, up = both.chunk(2, dim=-1)
+    found = cpu.gate(gates, up)
+    assert torch.equal(found, cpu.gate(gates.contiguous()[None], up.contiguous()[None])[0])
+    assert torch.equal(found, reference.gate(gates, up))
+    truth = F.gelu(gates.double(), approximate="tanh") * up.double()
+    assert torch.allclose(found.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_go_through_torch(isa: str) -> None:
+    """Where they are wanted, the operations are those that have one."""
+    x = torch.randn(3, 32, requires_grad=True)
+    (cpu.norm(x, torch.ones(32), 1e-6).sum() + cpu.gate(x, x).sum()).backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)

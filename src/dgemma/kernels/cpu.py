@@ -22,7 +22,8 @@ from .packed import Packed, pack, unpack
 from .wish import Wish, beliefs_of
 
 __all__ = [
-    "Look", "Packed", "Weight", "Wish", "available", "experts", "isa", "linear", "pack", "read", "unpack", "vocabulary",
+    "Look", "Packed", "Weight", "Wish", "available", "experts", "gate", "isa", "linear", "norm", "pack", "read",
+    "unpack", "vocabulary",
 ]  # fmt: skip
 
 Weight = Packed | Quantized
@@ -108,6 +109,39 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: 
     return out
 
 
+def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`x * (mean(x²) + eps)^-0.5`, times `weight`, computed in float32: [..., I] -> [..., I] in x's dtype.
+
+    Where gradients are wanted or the library is missing, the twin; it agrees to rounding.
+    """
+    library = None if _differentiable(x, weight) else native.library()
+    if library is None or x.dtype not in (torch.float32, torch.bfloat16):
+        return reference.norm(x, weight, eps)
+    flat = x.contiguous()
+    out = torch.empty_like(flat)
+    weight = None if weight is None else weight.float().contiguous()
+    rows, width = flat.shape[:-1].numel(), flat.shape[-1]
+    half, own = int(x.dtype == torch.bfloat16), native.address(weight)
+    library.dgemma_norm(flat.data_ptr(), half, rows, width, own, eps, out.data_ptr(), native.threads())
+    return out
+
+
+def gate(gates: Tensor, up: Tensor) -> Tensor:
+    """`gelu(gates) * up`, GELU in its tanh form: [..., I] twice -> [..., I].
+
+    In float32 where no gradients are wanted, by the library; else by torch. The two agree to rounding.
+    """
+    library = None if _differentiable(gates, up) else native.library()
+    if library is None or gates.dtype != torch.float32:
+        return F.gelu(gates, approximate="tanh") * up
+    if gates.dim() != 2 or gates.stride() != up.stride() or gates.stride(1) != 1:
+        gates, up = gates.contiguous(), up.contiguous()
+    rows, width = gates.shape[:-1].numel(), gates.shape[-1]
+    pitch, out = gates.stride(-2) if gates.dim() > 1 else width, torch.empty(gates.shape)
+    library.dgemma_gate(gates.data_ptr(), up.data_ptr(), pitch, rows, width, out.data_ptr(), native.threads())
+    return out
+
+
 def read(scores: Tensor, wish: Wish, uniform: Tensor | None) -> tuple[Belief, Tensor, Tensor]:
     """Scores [n, V] float32 -> what is found, the weights exp(score - largest) [n, V] and their sums [n, 1].
 
@@ -187,7 +221,7 @@ def vocabulary(
             scores = scores.div_(cap).tanh_().mul_(cap)
         own = None if uniform is None else uniform[part]
         found, weights, totals = read(scores, later.after(first), own)
-        blend, share = _blend(weights.div_(totals), plain, hidden.dtype, product) if soft else (None, 0.0)
+        blend, share = _blend(weights, totals, plain, hidden.dtype, product) if soft else (None, 0.0)
         looks.append(Look(found, blend, share * len(scores) / len(hidden)))
     fields = (torch.cat(values) for values in zip(*(look.found for look in looks), strict=True))
     blends = torch.cat([look.soft for look in looks if look.soft is not None]) if soft else None
@@ -223,16 +257,20 @@ def _fused(hidden: Tensor, table: Packed, wish: Wish, uniform: Tensor | None, hi
 
 
 def _blend(
-    weights: Tensor, table: Quantized | Tensor, dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]
+    weights: Tensor,
+    totals: Tensor,
+    table: Quantized | Tensor,
+    dtype: torch.dtype,
+    product: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, float]:
-    """Probabilities [n, V] times the table, a slab of words at a time, without slabs that have next to none; and the
-    share that took part."""
+    """Weights [n, V] by their totals [n, 1] times the table, a slab of words at a time, without slabs that have next to
+    none; and the share that took part."""
     total = torch.zeros(len(weights), table.shape[1])
     slabs, taken = -(-weights.shape[1] // SLAB), 0
     for first in range(0, weights.shape[1], SLAB):
         part = weights[:, first : first + SLAB]
         if slabs > 1:  # row by row, so that no row depends on another
-            part = torch.where(part.sum(dim=-1, keepdim=True) > TOLERANCE[dtype] / slabs, part, 0.0)
+            part = torch.where(part.sum(dim=-1, keepdim=True) > TOLERANCE[dtype] / slabs * totals, part, 0.0)
             if not part.any():
                 continue
         taken += 1
@@ -240,7 +278,11 @@ def _blend(
             total += product(part.to(table.dtype), table[first : first + SLAB].mT).float()
         else:
             total += part @ table[first : first + SLAB].dequantize()
-    return total, taken / slabs
+    return total.div_(totals), taken / slabs
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _rows(x: Tensor, weight: Weight) -> Tensor:

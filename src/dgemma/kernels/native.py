@@ -23,7 +23,7 @@ from ..errors import ConfigError
 VARIABLE = "DGEMMA_CPU_ISA"
 REFERENCE = "reference"
 LIBRARY = "dgemma_cpu.dll" if sys.platform == "win32" else "libdgemma_cpu.so"
-ABI = 1
+ABI = 2
 
 
 class SlowKernels(UserWarning):
@@ -74,6 +74,8 @@ _FUNCTIONS = {
     "dgemma_pack": (None, (c_void_p,) * 5 + (c_int32,)),
     "dgemma_linear": (None, (c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32)),
     "dgemma_experts": (None, (c_void_p, c_int32, c_int64, c_int64) + (c_void_p,) * 6 + (c_int32,)),
+    "dgemma_norm": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_float, c_void_p, c_int32)),
+    "dgemma_gate": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32)),
     "dgemma_read": (None, (c_void_p, c_int64, c_int64) + (c_void_p,) * 3 + (c_int32,)),
     "dgemma_vocabulary_room": (c_int64, (c_int64, c_void_p, c_int32)),
     "dgemma_vocabulary": (
@@ -126,8 +128,8 @@ def library() -> ctypes.CDLL | None:
         if wanted:
             raise ConfigError(f"{VARIABLE}: {wanted} needs the compiled kernels ({error})") from error
         warnings.warn(
-            "the compiled CPU kernels are missing, so plain torch does their work, several times slower; "
-            "with a C++ compiler installed, `pip install --force-reinstall --no-deps` of dgemma builds them",
+            "the compiled CPU kernels are missing, so plain torch does their work, slower, and several times so with "
+            "weights in few bits; with a C++ compiler, `pip install --force-reinstall --no-deps` of dgemma builds them",
             SlowKernels,
             stacklevel=3,
         )

@@ -52,6 +52,11 @@ def linear(x: Tensor, weight: Quantized) -> Tensor:
     return (out * scales).to(x.dtype)
 
 
+def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS norm in float32 whatever the input's dtype: [..., I] -> [..., I] in x's dtype."""
+    return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps).to(x.dtype)
+
+
 def exponential(x: Tensor) -> Tensor:
     """e^x in float32, as the kernels compute it: the series of e^r up to r^7, |r| <= ln(2) / 2, times 2^n."""
     held = x.clamp(-87.0, 88.0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels import cpu
 from .linear import Linear
 
 
 def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     """`gelu(gate) * up`, GELU in its tanh approximation."""
-    return F.gelu(gate, approximate="tanh") * up
+    return cpu.gate(gate, up) if gate.device.type == "cpu" else F.gelu(gate, approximate="tanh") * up
 
 
 class MLP(nn.Module):
