@@ -1,6 +1,6 @@
 """Quality against bits: what the demo model loses in int8, int4 and FP8.
 
-    python benchmarks/quality_bits.py [--limit 500] [--formats float32 int8 int4 fp8 …] [--model demo]
+    python benchmarks/quality_bits.py [--limit 500] [--formats float32 int8 int4 fp8 …] [--model demo] [--docs]
 
 A format may be followed by other choices for kinds of weights: `int4,attention=int8`.
 
@@ -8,7 +8,8 @@ Two measures. Exact match on held-out prompts, family by family, with the same s
 Kullback-Leibler divergence of denoising distributions, float32 against the format, in nats a position: both look at
 the same canvases, answers of the float32 model with a share of their tokens replaced by noise, without and with
 self-conditioning; positions after an answer's end, which every model is sure of, do not count. Raw records are
-written under benchmarks/results/; the table is Markdown; the last line of output is one JSON object.
+written under benchmarks/results/; the table is Markdown, which `--docs` puts into docs/quantization.md; the last line
+of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from dgemma.eval import exact
 from dgemma.quant import Policy
 from dgemma.tasks import held_out
 
+PAGE = Path(__file__).parent.parent / "docs" / "quantization.md"
+MARKS = ("<!-- quality -->", "<!-- end of quality -->")
 FORMATS = ("float32", "int8", "fp8", "int4,attention=int8", "int4")
 NOISE = (0.25, 0.5, 0.75, 1.0)
 Looks = list[tuple[torch.Tensor, torch.Tensor, int]]  # prompt, canvas, positions that count
@@ -79,6 +82,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="prompts a family")
     parser.add_argument("--looks", type=int, default=8, help="prompts a family for the divergence")
     parser.add_argument("--into", type=Path, help="folder for the results")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/quantization.md")
     options = parser.parse_args()
     families = exact.families(tuple(options.families))
     results = Results("quality-bits", {key: str(value) for key, value in vars(options).items()}, options.into)
@@ -102,6 +106,9 @@ def main() -> None:
             rows[form] = row
             results.add(format=form, seconds=time.perf_counter() - started, **row)
     summary = table(families, rows)
+    if options.docs:
+        note = f"{options.limit} prompts a family; raw records in `benchmarks/results/{results.folder.name}`."
+        into_page(f"{summary}\n\n{note}")
     sys.stdout.write(summary + "\n")
     sys.stdout.write(results.close(summary, {"rows": rows}) + "\n")
 
@@ -124,6 +131,14 @@ def table(families: list[str], rows: dict[str, dict[str, Any]]) -> str:
         cells += [f"{score:.1%}" for score in (*scores, sum(scores) / len(scores))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def into_page(text: str) -> None:
+    """Replaces what stands between the marks in the documentation."""
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    assert end, f"{PAGE} has no marks"
+    PAGE.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":
