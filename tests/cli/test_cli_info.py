@@ -64,3 +64,14 @@ def test_gpus_are_told(released: str, invoke: Invoke, monkeypatch: pytest.Monkey
     rows = {line.split()[0]: line for line in text.splitlines() if " GiB" in line and "fits" not in line}
     assert "not one GPU" in rows["float32"]
     assert "not one GPU" not in rows["bfloat16"] and "one GPU" in rows["bfloat16"]
+
+
+@pytest.mark.parametrize(("gigabytes", "fitting"), [(12, set()), (18, {"int4"}), (32, {"int4", "int8", "fp8"})])
+def test_what_fits_follows_from_the_machine(
+    gigabytes: int, fitting: set[str], released: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released sizes: 18 GB hold the model in 4 bits and in no other format."""
+    monkeypatch.setattr("dgemma.checkpoint.summary.machine_memory", lambda: gigabytes * 10**9)
+    monkeypatch.setattr("dgemma.cli.info._gpus", list)
+    memory = json.loads(invoke("info", released, "--json").stdout)["memory"]
+    assert {name for name, form in memory.items() if form["fits_in_machine_memory"]} == fitting
