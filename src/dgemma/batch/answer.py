@@ -50,9 +50,6 @@ class Answerer:
 
     Args:
         ahead: answers under way at most; None for four times what runs at once.
-
-    Raises:
-        ConfigError: the model cannot honour the settings that all requests have.
     """
 
     def __init__(self, model: Model, form: Form, ahead: int | None = None):
@@ -64,7 +61,6 @@ class Answerer:
         self._flights: Flights[tuple[Request, Sequence[Ticket]]] = Flights()
         self._suspects: list[tuple[Outcome, Exception]] = []
         self._ready: list[Outcome] = []
-        _try(model, form)
 
     def __len__(self) -> int:
         return len(self._flights) + len(self._ready)
@@ -213,8 +209,12 @@ def as_line(value: dict[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _try(model: Model, form: Form) -> None:
-    """Lets the model check the settings that all requests have, before each of them is refused for the same reason."""
+def try_defaults(model: Model, form: Form) -> None:
+    """Lets the model check the settings that all requests have, before each of them is refused for the same reason.
+
+    Raises:
+        ConfigError: the model cannot honour them.
+    """
     if form.defaults:
         params = {name: value for name, value in form.defaults.items() if name != "logit_bias"}
         bias = {int(token): value for token, value in form.defaults.get("logit_bias", {}).items()}

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .answer import Answerer, refused
+from .answer import Answerer, refused, try_defaults
+from .cluster import Cluster, Crew
 from .detect import detect
 from .form import Form, Refusal, Request, duplicate
 from .ledger import Ledger
@@ -31,7 +32,7 @@ FEED = 64  # requests that are read and checked ahead of being put in line
 
 def run(
     settings: BatchSettings,
-    model: Model | Callable[[], Model | Sequence[Loader]],
+    model: Model | Callable[[], Model | Sequence[Loader] | Cluster],
     report: Report = lambda progress: None,
     *,
     stop: threading.Event | None = None,
@@ -46,7 +47,7 @@ def run(
     Args:
         model: or what loads it; that is not called where no line is left to answer, and the model is closed at the end.
             It may also give several loaders that can be pickled: each is then called in a process of its own, and all
-            of them answer.
+            of them answer; or a `Cluster`, whose workers do.
         report: is told how far it is, a few times a second, from the calling thread.
         stop: set it from anywhere to end the run early.
 
@@ -73,7 +74,7 @@ def _finish(
     source: Source,
     ledger: Ledger,
     meter: Meter,
-    model: Model | Callable[[], Model | Sequence[Loader]],
+    model: Model | Callable[[], Model | Sequence[Loader] | Cluster],
     stop: threading.Event,
 ) -> bool:
     """Everything that is left to do; whether it came to its end."""
@@ -147,23 +148,28 @@ def _load_and_answer(
     settings: BatchSettings,
     ledger: Ledger,
     meter: Meter,
-    model: Model | Callable[[], Model | Sequence[Loader]],
+    model: Model | Callable[[], Model | Sequence[Loader] | Cluster],
     stop: threading.Event,
 ) -> bool:
     """Answers what is left; whether it came to the end."""
     meter.stage("loading")
     loaded = model() if callable(model) else model
+    if isinstance(loaded, Cluster):
+        crew = loaded.start(ledger.form, settings.ahead, meter.left)
+        return _answer_by_many(crew, first, feed, ledger, meter, stop)
     if isinstance(loaded, Sequence):
         # More processes than there are batches to fill would only take their time to start.
         wanted = len(loaded) if meter.left is None else min(len(loaded), max(1, meter.left // WORTH))
         if wanted > 1:
-            return _answer_by_many(loaded[:wanted], first, feed, settings, ledger, meter, stop)
+            pool = Pool(loaded[:wanted], ledger.form, settings.ahead)
+            return _answer_by_many(pool, first, feed, ledger, meter, stop)
         model = loaded = loaded[0]()
         own = True
     else:
         own = callable(model)
     try:
         ledger.check_model(weights(loaded.directory))
+        try_defaults(loaded, ledger.form)
         answerer = Answerer(loaded, ledger.form, settings.ahead)
         try:
             loaded.start()
@@ -176,13 +182,7 @@ def _load_and_answer(
 
 
 def _answer_by_many(
-    loaders: Sequence[Loader],
-    first: Request,
-    feed: Feed,
-    settings: BatchSettings,
-    ledger: Ledger,
-    meter: Meter,
-    stop: threading.Event,
+    pool: Pool | Crew, first: Request, feed: Feed, ledger: Ledger, meter: Meter, stop: threading.Event
 ) -> bool:
     """The same in processes of their own."""
 
@@ -191,7 +191,6 @@ def _answer_by_many(
         ledger.check()
         return stop.is_set()
 
-    pool = Pool(loaders, ledger.form, settings.ahead)
     try:
         digest = pool.wait(tick)
         if digest is None:
@@ -203,7 +202,7 @@ def _answer_by_many(
 
 
 def _answer(
-    answerer: Answerer | Pool, first: Request, feed: Feed, ledger: Ledger, meter: Meter, stop: threading.Event
+    answerer: Answerer | Pool | Crew, first: Request, feed: Feed, ledger: Ledger, meter: Meter, stop: threading.Event
 ) -> bool:
     """Keeps the engine's line full and writes down what comes out; whether it came to the end."""
     answerer.submit(first)

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from .answer import Answerer, Outcome
+from .answer import Answerer, Outcome, try_defaults
 from .form import Form, Request
 from .source import Record
 from .weights import weights
@@ -191,6 +191,7 @@ def _work(connection: Connection, loader: Loader, form: Form, ahead: int | None)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             model = loader()
+            try_defaults(model, form)
             answerer = Answerer(model, form, ahead)
         connection.send((answerer.ahead, weights(model.directory), [str(one.message) for one in said]))
         while True:
@@ -209,10 +210,10 @@ def _work(connection: Connection, loader: Loader, form: Form, ahead: int | None)
         return
     except Exception as error:
         with contextlib.suppress(OSError):
-            connection.send(_portable(error))
+            connection.send(portable(error))
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, if it survives being sent; else one of the same words."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from .terminal import ReaderGone, say, write_answer
 
 if TYPE_CHECKING:
     from ..api import Model
-    from ..batch import BatchSettings, Merged, Summary
+    from ..batch import BatchSettings, Cluster, Merged, Summary
 
 STREAM = "-"
 SMALL = 50e6  # weights of a model that threads do not share well
@@ -51,7 +52,10 @@ class _Shard(click.ParamType):
                  help="Requests that run at once, in each worker."),
     click.option("--workers", type=click.IntRange(1, options.MAX_THREADS), envvar="DGEMMA_WORKERS", metavar="N",
                  help="Processes that answer, each with the model.  [default: one a GPU; one a CPU thread where the "
-                 "model is small]"),
+                 "model is small; with --ray, without GPUs, one a node]"),
+    click.option("--ray", metavar="ADDRESS",
+                 help="Answer on a Ray cluster: auto (the one this machine is in), HOST:PORT, or local (one on this "
+                 "machine)."),
     click.option("--max-model-len", type=click.IntRange(min=1), metavar="N",
                  help="Tokens of a prompt and its answer at most.  [default: the model's context]"),
     click.option("--format", type=click.Choice(("auto", "openai", "rows")), default="auto", show_default=True,
@@ -83,6 +87,7 @@ def batch(ctx: click.Context, files: tuple[str, ...], **values: Any) -> None:
     dgemma batch requests.jsonl answers.jsonl
     dgemma batch questions.parquet answers.parquet --template "Q: {question}" --max-new-tokens 64
     zcat big.jsonl.gz | dgemma batch - answers.jsonl.zst
+    dgemma batch in.jsonl out.jsonl --ray auto
     dgemma batch in.jsonl out.2.jsonl --shard 2/8
     dgemma batch --merge out.jsonl out.[1-8].jsonl
 
@@ -152,9 +157,13 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
     from ..batch import run
     from .batch_view import View
 
-    def load() -> Model | list[Callable[[], Model]]:
+    cluster = None if values["ray"] is None else _cluster(values)
+
+    def load() -> Model | list[Callable[[], Model]] | Cluster:
         import dgemma
 
+        if cluster is not None:
+            return cluster
         engine = dgemma.EngineSettings(max_batch=values["max_batch"], max_model_len=values["max_model_len"])
         settings = {name: values[name] for name in ("device", "dtype", "threads")} | {"engine": engine}
         each = _workers(values)
@@ -178,6 +187,27 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
     if not values["quiet"]:
         view.ended(summary)
     return summary
+
+
+def _cluster(values: dict[str, Any]) -> Cluster:
+    """Looked at before lines are checked, which may take long."""
+    import dgemma
+
+    from ..batch import Cluster
+
+    engine = dgemma.EngineSettings(max_batch=values["max_batch"], max_model_len=values["max_model_len"])
+    # Workers have a working directory of their own.
+    model = values["model"]
+    if model != "demo" and Path(model).is_dir():
+        model = os.path.abspath(model)
+    return Cluster(
+        address=values["ray"],
+        load=partial(dgemma.load, model, dtype=values["dtype"], engine=engine),
+        workers=values["workers"],
+        device=values["device"],
+        threads=values["threads"],
+        batch=values["max_batch"],
+    )
 
 
 def _workers(values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -53,6 +53,8 @@ FLAGS = {
     "column_prefix": "--column-prefix",
     "any_model": "--any-model",
     "shard": "--shard",
+    "ray": "--ray",
+    "workers": "--workers",
 }
 
 

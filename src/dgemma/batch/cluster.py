@@ -1,0 +1,327 @@
+"""Workers on a Ray cluster, one a GPU or a node, through Ray Data, which starts, feeds and replaces them.
+
+Requests are read, and answers written, here: the cluster is given blocks of requests that are missing, a few ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DGemmaError
+from .answer import Outcome
+from .form import Form, Request
+from .source import Record
+
+if TYPE_CHECKING:
+    from ..api import Model
+    from .blocks import Reply
+
+LOCAL, AUTO = "local", "auto"
+LEAST = 32  # requests of a block, where there are so many
+BYTES = 8 << 20  # of a block
+LINGER = 0.5  # seconds that a block waits to be filled
+TICK = 0.2  # seconds between two looks at the caller's wishes
+REACH = 5.0  # seconds for an answer from the address
+SLOW = 60.0  # seconds without a worker, after which it is said what they wait for
+PATIENT = {"health_check_failure_threshold": 100}  # a machine that slept for minutes is not a dead one
+STORE = 512 << 20  # bytes of memory for blocks, in a cluster of our own
+
+
+class ClusterLost(RuntimeError):
+    """The cluster, or what this run had on it, has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A Ray cluster, and what is wanted of it.
+
+    Fields:
+        address: "local" starts one on this machine; "auto" is the one that this machine belongs to; or `host:port`.
+        load: takes `device` and `threads`, and gives a model; it is pickled, and called by each worker.
+        workers: None for one a GPU; where there are no GPUs, one a node.
+        device: "cuda", "cpu", or "auto" for GPUs if the cluster has any.
+        threads: CPUs of each worker; None for one beside a GPU, otherwise as many as there are for it.
+        batch: requests that run at once in each.
+
+    Raises:
+        ConfigError: Ray is missing, a field is out of range, or nobody answers at the address.
+    """
+
+    address: str
+    load: Callable[..., Model]
+    workers: int | None = None
+    device: str = AUTO
+    threads: int | None = None
+    batch: int = 32
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
+            raise ConfigError("ray: is not installed; pip install 'dgemma[ray]'")
+        if self.device not in (AUTO, "cpu", "cuda"):
+            raise ConfigError(f"device: {self.device!r} is not auto, cpu or cuda; Ray chooses which GPU a worker gets")
+        for name in ("workers", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: {value} is not a number of at least 1")
+        if self.address not in (LOCAL, AUTO):
+            _reach(self.address)
+
+    def start(self, form: Form, ahead: int | None = None, left: int | None = None) -> Crew:
+        """Workers for so many requests (None: nobody knows).
+
+        Raises:
+            ConfigError: there is no such cluster.
+        """
+        return Crew(self, form, ahead, left)
+
+
+class Crew:
+    """What `Pool` is, by workers on a cluster."""
+
+    def __init__(self, cluster: Cluster, form: Form, ahead: int | None, left: int | None):
+        self._own = _connect(cluster.address)
+        from . import blocks
+
+        self._closed = False
+        self._news: SimpleQueue[Reply | BaseException | None] = SimpleQueue()
+        self._ready: list[Outcome] = []
+        self._block: list[Record] = []
+        self._bytes, self._since = 0, 0.0
+        self._digest: str | None = None
+        self._wants = count, cpus, gpus = share(_nodes(), cluster)
+        if left is not None:  # more workers than there are batches to fill would only take their time to start
+            count = min(count, max(1, left // LEAST))
+        size = max(LEAST, cluster.batch) if ahead is None else max(1, ahead // blocks.AT_ONCE)
+        self._size = size if left is None else max(1, min(size, math.ceil(left / count)))
+        self._most = count * self._size * (blocks.AT_ONCE + blocks.SPARE) if ahead is None else count * ahead
+        self._given: dict[int, int] = {}  # requests of each block that is not answered
+        self._next = self._open = 0
+        device = "cuda" if gpus else "cpu"
+        load = partial(cluster.load, device=device, threads=cluster.threads if gpus else cpus)
+        self._shelf = blocks.shelf()
+        answers = partial(blocks.replies, self._shelf, load, form, ahead, count, cpus, gpus)
+        threading.Thread(target=self._listen, args=(answers,), name="dgemma-cluster", daemon=True).start()
+
+    def wait(self, tick: Callable[[], bool]) -> str | None:
+        """Waits until one worker has loaded; see `Pool.wait`.
+
+        Raises:
+            ConfigError, CheckpointError: it cannot; the message ends with the node.
+            ClusterLost: the cluster has ended.
+        """
+        self._give([])
+        begun: float | None = time.monotonic()
+        while self._digest is None:
+            if tick():
+                return None
+            self._hear(TICK)
+            if begun is not None and time.monotonic() - begun > SLOW:
+                begun = None
+                count, cpus, gpus = self._wants
+                what = f"{gpus} GPU and {cpus} CPUs" if gpus else f"{cpus} CPUs"
+                warnings.warn(
+                    f"no worker has begun for {SLOW:.0f} s: each of {count} waits for {what} of the cluster, or loads "
+                    "a large model",
+                    stacklevel=2,
+                )
+        return self._digest
+
+    def __len__(self) -> int:
+        return self._open + len(self._block) + len(self._ready)
+
+    held = 0  # a worker keeps nothing back once it has answered a block
+
+    @property
+    def full(self) -> bool:
+        """Whether all of them have enough to do."""
+        return self._open + len(self._block) >= self._most
+
+    def submit(self, request: Request) -> None:
+        """Takes a request, to be given with others."""
+        if not self._block:
+            self._since = time.monotonic()
+        self._block.append(Record(request.line, request.data))
+        self._bytes += len(request.data) if isinstance(request.data, bytes) else 0
+        if len(self._block) >= self._size or self._bytes >= BYTES:
+            self._flush()
+
+    def next(self, timeout: float | None = None) -> Outcome | None:
+        """See `Answerer.next`.
+
+        Raises:
+            ConfigError: a worker has another model than the others.
+            ClusterLost: the cluster has ended.
+            Exception: a worker's engine has failed.
+        """
+        if self._block and time.monotonic() - self._since > LINGER:
+            self._flush()
+        if not self._ready:
+            self._hear(timeout)
+        return self._ready.pop() if self._ready else None
+
+    def rest(self) -> list[Outcome]:
+        """See `Answerer.rest`."""
+        rest, self._ready = self._ready, []
+        return rest
+
+    def close(self) -> None:
+        """Ends the workers; what is under way is lost. A connection to Ray that was there before stays."""
+        self._closed = True
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.get(self._shelf.end.remote(), timeout=REACH)
+        if self._own:
+            ray.shutdown()
+
+    def _flush(self) -> None:
+        block, self._block, self._bytes = self._block, [], 0
+        self._give(block)
+
+    def _give(self, block: list[Record]) -> None:
+        self._given[self._next] = len(block)
+        self._next += 1
+        self._open += len(block)
+        self._shelf.put.remote(pickle.dumps(block))
+
+    def _hear(self, timeout: float | None) -> None:
+        try:
+            reply = self._news.get(timeout=timeout)
+        except Empty:
+            return
+        if reply is None:
+            raise ClusterLost(f"the cluster has ended with {self._open:,} requests unanswered")
+        if isinstance(reply, BaseException):
+            raise _in_a_line(reply) from reply
+        if reply.error is not None:
+            raise _on(reply.node, reply.error)
+        if self._digest is None:
+            self._digest = reply.digest
+            for text in reply.said:
+                warnings.warn(text, stacklevel=2)
+        elif self._digest != reply.digest:
+            raise ConfigError(f"model: its weights on node {reply.node} are not those of the other nodes")
+        self._shelf.drop.remote(reply.number)
+        self._open -= self._given.pop(reply.number, 0)
+        self._ready += reply.outcomes
+
+    def _listen(self, answers: Callable[[], Iterator[Reply]]) -> None:
+        try:
+            for reply in answers():
+                self._news.put(reply)
+                if self._closed:
+                    return
+            self._news.put(None)
+        except BaseException as error:
+            self._news.put(error)
+
+
+def share(nodes: list[dict[str, float]], cluster: Cluster) -> tuple[int, int, int]:
+    """How many workers, and the CPUs and GPUs of each.
+
+    Args:
+        nodes: what each has.
+    """
+    found = sum(int(node.get("GPU", 0)) for node in nodes)
+    if cluster.device == "cuda" or (cluster.device == AUTO and found):
+        return cluster.workers or max(1, found), cluster.threads or 1, 1
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    count = cluster.workers or max(1, len(cpus))
+    fits = [each for each in range(1, max(cpus, default=1) + 1) if sum(have // each for have in cpus) >= count]
+    return count, cluster.threads or max(fits, default=1), 0
+
+
+def _connect(address: str) -> bool:
+    """Joins the cluster; whether this is to be undone."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster of our own; 15 is Ray's choice
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return False
+    more: dict[str, Any] = (
+        {"include_dashboard": False, "object_store_memory": STORE, "_system_config": PATIENT}
+        if address == LOCAL
+        else {}
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with _silence():
+            # Workers' output is not ours: it would be among the answers on stdout.
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **more)
+    except Exception as error:
+        raise ConfigError(f"ray: no cluster at {address!r} ({_last_line(error)})") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+    import ray.data
+
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return True
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on stderr: what Ray's C++ says there when it starts has no level that could be set."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def _nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _reach(address: str) -> None:
+    """Raises ConfigError where nobody answers; Ray itself would try for a minute."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or "://" in host:
+        raise ConfigError(f"ray: {address!r} is not local, auto or host:port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH).close()
+    except OSError as error:
+        raise ConfigError(f"ray: no cluster at {address!r} ({error.strerror or error})") from None
+
+
+def _on(node: str, error: Exception) -> Exception:
+    """A worker's error, with the node in its message."""
+    if isinstance(error, DGemmaError):
+        return type(error)(f"{error} (on node {node})")
+    return RuntimeError(f"{type(error).__name__}: {error} (on node {node})")
+
+
+def _in_a_line(error: BaseException) -> Exception:
+    """What Ray raised, without its pages of explanation."""
+    return ClusterLost(f"the cluster failed ({type(error).__name__}: {_last_line(error)})")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
