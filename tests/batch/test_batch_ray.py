@@ -95,7 +95,7 @@ def test_stopped_and_resumed(tmp_path: Path, ray: Any) -> None:
     asked = [request(n) for n in range(300)]
     write(tmp_path / "in.jsonl", asked)
     stop = threading.Event()
-    cluster = Cluster(address="auto", load=partial(load, tmp_path), workers=1)
+    cluster = Cluster(address="auto", load=partial(load, tmp_path), workers=1, threads=1)
     settings = BatchSettings(source=tmp_path / "in.jsonl", target=tmp_path / "out.jsonl")
     summary = run(settings, lambda: cluster, lambda progress: stop.set() if progress.done else None, stop=stop)
     assert summary.stopped and 0 < summary.done < 300
