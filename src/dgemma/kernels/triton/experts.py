@@ -1,0 +1,173 @@
+"""A mixture of experts in three launches: gate and up with the gated GELU, down, and the weighted sum.
+
+Assignments (a token and one of its experts, numbered `token * k + choice`) come sorted by expert. A program takes some
+of one expert's assignments and some of its outputs; which ones it finds out itself, so that no size is known to the
+host. What the down product gives lies at its assignment's place, [T, k, H]; the last launch sums over k in the router's
+order, so that a result never depends on who was first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...quant import Quantized
+from ..plain import SPAN
+from .common import Operand, fp8_scale, gelu, narrow, operand, power, products
+from .linear import activations
+from .tiles import Tile, product
+
+
+@triton.jit
+def _find(offsets, block, count, PADDED: tl.constexpr, BM: tl.constexpr):
+    """The expert of a block of assignments, and the block's first and its expert's last place; expert >= count behind
+    the last block."""
+    experts = tl.arange(0, PADDED)
+    start = tl.load(offsets + experts, mask=experts < count, other=0)
+    end = tl.load(offsets + experts + 1, mask=experts < count, other=0)
+    blocks = tl.cdiv(end - start, BM)
+    ends = tl.cumsum(blocks, 0)
+    expert = tl.sum((ends <= block).to(tl.int32), 0)
+    mine = experts == expert
+    first = tl.sum(tl.where(mine, start + (block - ends + blocks) * BM, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x, xs, w, ws, order, offsets, out, out_scales, count, k, N, K,
+    FORM: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, PADDED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(N, BN)
+    tile = tl.program_id(0) % tiles
+    expert, first, last = _find(offsets, tl.program_id(0) // tiles, count, PADDED, BM)
+    if expert < count:
+        places = first + tl.arange(0, BM)
+        seen = places < last
+        rows = tl.load(order + places, mask=seen, other=0) // k
+        # Gate and up rows take turns, so that one product has both and each thread finds the pairs it needs.
+        lanes = tl.arange(0, 2 * BN)
+        columns = tile * BN + lanes // 2
+        lines = columns + lanes % 2 * N
+        groups = K // GROUP if GROUP else 1
+        bytes_wide = K // 2 if FORM == "int4" else K
+        mine = expert.to(tl.int64) * 2 * N
+        acc = products(
+            x, xs, rows, seen, w + mine * bytes_wide, ws + mine * groups, lines, columns < N, K,
+            FORM, GROUP, 0, BM, 2 * BN, BK,
+        )  # fmt: skip
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))
+        value = gelu(gate) * up
+        lines = tile * BN + tl.arange(0, BN)
+        if FORM == "fp8":
+            scale = fp8_scale(tl.max(tl.abs(tl.where((lines < N)[:, None], value, 0.0)), 0))
+            value = value / scale[None, :]
+            tl.store(out_scales + places.to(tl.int64) * tiles + tile, scale, mask=seen)
+        spots = lines
+        if HALVES:
+            spots = lines // HALVES * HALVES + lines % 2 * (HALVES // 2) + lines % HALVES // 2
+        there = out + places.to(tl.int64)[None, :] * N + spots[:, None]
+        tl.store(there, narrow(value, out.dtype.element_ty), mask=(lines < N)[:, None] & seen[None, :])
+
+
+@triton.jit
+def _down_kernel(
+    x, xs, w, ws, order, offsets, out, count, N, K,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(N, BN)
+    expert, first, last = _find(offsets, tl.program_id(0) // tiles, count, PADDED, BM)
+    if expert < count:
+        places = first + tl.arange(0, BM)
+        seen = places < last
+        assigned = tl.load(order + places, mask=seen, other=0).to(tl.int64)
+        lines = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+        groups = K // GROUP if GROUP else 1
+        bytes_wide = K // 2 if FORM == "int4" else K
+        mine = expert.to(tl.int64) * N
+        acc = products(
+            x, xs, places, seen, w + mine * bytes_wide, ws + mine * groups, lines, lines < N, K,
+            FORM, GROUP, SPAN, BM, BN, BK,
+        )  # fmt: skip
+        there = out + assigned[None, :] * N + lines[:, None]
+        tl.store(there, narrow(acc, out.dtype.element_ty), mask=(lines < N)[:, None] & seen[None, :])
+
+
+@triton.jit
+def _sum_kernel(room, weights, out, k, N, BN: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    lines = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for choice in range(k):
+        value = tl.load(room + (token * k + choice) * N + lines, mask=lines < N, other=0.0).to(tl.float32)
+        total += value * tl.load(weights + token * k + choice)
+    tl.store(out + token * N + lines, narrow(total, out.dtype.element_ty), mask=lines < N)
+
+
+def blocks(tokens: int, k: int, count: int, rows: int) -> int:
+    """The most blocks of `rows` that the assignments can take: every expert's last may be nearly empty."""
+    return min(tokens * k, (tokens * k + (rows - 1) * count) // rows)
+
+
+def expert_outputs(
+    x: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    gate_up: Tensor | Quantized,
+    down: Tensor | Quantized,
+    *,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> Tensor:
+    """What each expert makes of each token that chose it: [T, k, H] in x's dtype, not yet weighted.
+
+    Args:
+        x: [T, H].
+        order: [T * k] int32, assignments sorted by expert.
+        offsets: [E + 1] int32, where in `order` each expert's begin.
+        gate_up, down: [E, 2I, H] and [E, H, I], both in FP8 or neither; weights that `common.fits`.
+        tiles: for the two products.
+    """
+    first, second = operand(gate_up), operand(down)
+    count, doubled, hidden = first.shape
+    width, tokens, k = doubled // 2, len(x), len(order) // max(1, len(x))
+    assert (first.form == "fp8") == (second.form == "fp8") and second.shape == (count, hidden, width)
+    room = torch.empty(tokens, k, hidden, dtype=x.dtype, device=x.device)
+    if not room.numel():
+        return room
+    one, two = tiles or _tiles(tokens * k // count, first, second)
+    fp8, padded = first.form == "fp8", power(count)
+    parts = triton.cdiv(width, one.columns)
+    between = torch.empty(tokens * k, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
+    scales = torch.empty(tokens * k, parts, device=x.device) if fp8 else between
+    value, value_scales = activations(x, first)
+    _gate_up_kernel[(blocks(tokens, k, count, one.rows) * parts,)](
+        value, value_scales, first.data, first.scales, order, offsets, between, scales, count, k, width, hidden,
+        FORM=first.form, GROUP=first.group, HALVES=second.group if second.form == "int4" else 0, PADDED=padded,
+        BM=one.rows, BN=one.columns, BK=one.inner, num_warps=one.warps, num_stages=one.stages,
+    )  # fmt: skip
+    _down_kernel[(blocks(tokens, k, count, two.rows) * triton.cdiv(hidden, two.columns),)](
+        between, scales, second.data, second.scales, order, offsets, room, count, hidden, width,
+        FORM=second.form, GROUP=second.group, SPAN=one.columns if fp8 else 0, PADDED=padded,
+        BM=two.rows, BN=two.columns, BK=two.inner, num_warps=two.warps, num_stages=two.stages,
+    )  # fmt: skip
+    return room
+
+
+def weighted_sum(room: Tensor, weights: Tensor) -> Tensor:
+    """[T, k, H] and [T, k] float32 -> [T, H]: the sum over k in order, in float32, rounded once."""
+    tokens, k, hidden = room.shape
+    out = torch.empty(tokens, hidden, dtype=room.dtype, device=room.device)
+    if tokens:
+        _sum_kernel[(tokens, triton.cdiv(hidden, 1024))](room, weights.contiguous(), out, k, hidden, BN=1024)
+    return out
+
+
+def _tiles(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
+    """For an expert's usual number of rows."""
+    first = product(rows, gate_up.form, gate_up.group, SPAN)
+    inner = SPAN if down.form == "fp8" else down.group
+    return first, product(rows, down.form, inner, down.shape[1])

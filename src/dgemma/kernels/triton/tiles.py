@@ -1,0 +1,36 @@
+"""Sizes of tiles, warps and stages by operation. All of them follow from arithmetic; none is measured yet.
+
+A Hopper multiprocessor has 227 KiB of shared memory, 64K registers of 4 bytes (at most 255 a thread) and multiplies 64
+rows at a time; about 40 KiB of loads must be under way in each to keep the memory busy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """What one program does.
+
+    Fields:
+        rows: tokens.
+        columns: outputs (words in the vocabulary step, keys in attention).
+        inner: of the summed width at a time.
+        warps: of 32 threads.
+        stages: loads under way at once.
+    """
+
+    rows: int
+    columns: int
+    inner: int = 0
+    warps: int = 4
+    stages: int = 3
+
+
+def product(rows: int, form: str, group: int, columns: int) -> Tile:
+    """For products with few or many rows an expert (or in all): weights are read once where a tile holds all rows."""
+    tall = 16 if rows <= 8 else 32 if rows <= 24 else 64 if rows <= 96 else 128
+    inner = group or (128 if form == "fp8" else 64)
+    wide = 64 if columns <= 1024 or tall == 128 else 128
+    return Tile(rows=tall, columns=wide, inner=inner, warps=4 if tall * wide <= 4096 else 8, stages=4)

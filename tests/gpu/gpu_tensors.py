@@ -1,0 +1,42 @@
+"""Random tensors and weights for the tests of GPU kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgemma.quant import Quantized
+from dgemma.quant.quantized import pack_nibbles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Normal ones."""
+    generator = torch.Generator().manual_seed(seed * 7919 + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def weight(form: str, *shape: int, seed: int = 0) -> Tensor | Quantized:
+    """A weight of about 1 / sqrt(inputs): "float32", "bfloat16", "fp8", "int8" or "int4-64" with its group."""
+    name, _, group = form.partition("-")
+    plain = numbers(*shape, scale=shape[-1] ** -0.5, seed=seed + 1)
+    if name in ("float32", "bfloat16"):
+        return plain.to(getattr(torch, name))
+    span, most = int(group or shape[-1]), {"fp8": 448.0, "int8": 127.0, "int4": 7.0}[name]
+    parts = plain.unflatten(-1, (-1, span))
+    scales = parts.abs().amax(dim=-1) / most
+    values = (parts / scales[..., None]).flatten(-2)
+    if name == "fp8":
+        data = values.to(torch.float8_e4m3fn)
+    else:
+        data = values.round().to(torch.int8)
+        data = pack_nibbles(data) if name == "int4" else data
+    return Quantized(bits=4 if name == "int4" else 8, group=int(group) if group else None, data=data, scales=scales)
+
+
+def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """No number further away than a share of the largest."""
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    gap = (found.float() - wanted.float()).abs().max() if found.numel() else torch.tensor(0.0)
+    assert gap <= tolerance * max(1e-6, float(wanted.float().abs().max())), f"{float(gap)}"

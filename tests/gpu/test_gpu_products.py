@@ -1,0 +1,50 @@
+"""Products of the GPU against their twins: formats, odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_tensors import near, numbers, weight
+
+from dgemma.kernels import plain
+from dgemma.kernels.triton.linear import fp8_rows, linear
+
+FORMS = ["float32", "bfloat16", "fp8", "int8", "int8-32", "int4-32", "int4-64"]
+DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 2**-7)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 5, 64), (19, 70, 128)])
+def test_linear(form: str, dtype: str, rows: int, outputs: int, inputs: int) -> None:
+    """Every format, with rows and outputs that fill no tile."""
+    kind, tolerance = DTYPES[dtype]
+    x, own = numbers(rows, inputs, dtype=kind), weight(form, outputs, inputs)
+    if form == "bfloat16" and kind == torch.float32:
+        wanted = x @ own.float().T
+    else:
+        wanted = plain.linear(x, own.to(kind) if isinstance(own, torch.Tensor) else own)
+    near(linear(x, own), wanted, tolerance)
+
+
+def test_linear_with_odd_inputs_and_leading_axes() -> None:
+    """Inputs that fill no tile, more axes, no rows at all."""
+    for form in ("float32", "fp8", "int8"):
+        own = weight(form, 7, 75)
+        x = numbers(2, 3, 75)
+        near(linear(x, own), plain.linear(x.flatten(0, 1), own).view(2, 3, 7), 2e-6)
+        assert linear(x[:0], own).shape == (0, 3, 7)
+
+
+def test_fp8_rows_are_those_of_torch() -> None:
+    """The same bits, also for zeros, tiny numbers and what lies half-way."""
+    x = numbers(9, 50)
+    x[1], x[2], x[3, 1:] = 0.0, x[2] * 1e-20, 0.0
+    x[4] = torch.linspace(0, 448, 50)
+    x[5] = torch.arange(50) / 64.0
+    x[5, 0] = 448.0
+    found, scales = fp8_rows(x)
+    values, wanted = plain.fp8_rows(x)
+    assert torch.equal(scales, wanted)
+    assert torch.equal(found.view(torch.uint8) & 127, values.view(torch.uint8) & 127)
+    assert torch.equal(found.float(), values.float())
