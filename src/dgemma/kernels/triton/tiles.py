@@ -34,3 +34,19 @@ def product(rows: int, form: str, group: int, columns: int) -> Tile:
     inner = group or (128 if form == "fp8" else 64)
     wide = 64 if columns <= 1024 or tall == 128 else 128
     return Tile(rows=tall, columns=wide, inner=inner, warps=4 if tall * wide <= 4096 else 8, stages=4)
+
+
+PROGRAMS = 264  # that a card should have at once: two for each of an H100's multiprocessors
+LEAST_KEYS = 256  # of a part, so that merging stays cheap beside it
+
+
+def attention(head_dim: int) -> Tile:
+    """For attention: the sums of 64 rows of 512 or 128 rows of 256 take half of a multiprocessor's registers.
+
+    `rows` are pairs of a query and a head, `columns` keys.
+    """
+    if head_dim > 256:
+        return Tile(rows=64, columns=32, warps=8, stages=2)
+    if head_dim > 64:
+        return Tile(rows=128, columns=64, warps=8, stages=2)
+    return Tile(rows=64, columns=32, warps=4, stages=2)

@@ -1,0 +1,219 @@
+"""Attention of many requests over keys and values in pages: canvases that look both ways, and causal prefill.
+
+A query may see the page entries from `low` to `high` of its request; a canvas's queries also see the canvas's own keys
+and values, which are in no page. That is all that differs between canvases, prompts, full and sliding layers:
+
+| | low | high | own keys |
+|---|---|---|---|
+| canvas at `start` | max(0, start - window + 1), or 0 | start - 1 | all of the canvas |
+| encoded query at p | max(0, p - window + 1), or 0 | p | none: they are in the pages |
+
+A program takes some queries with all heads that share a key head, and a part of the keys. Where keys are split among
+programs, each leaves its unfinished sums behind (the largest score, the weights' sum, the weighted values), and a
+second launch merges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .common import dot, narrow, power
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Who sees what in one forward, for layers of one kind; made on the host, constant for the whole forward.
+
+    Fields:
+        segments: int32 [R, 4]: the first row, the number of rows, the first one's position, 1 where they are encoded.
+        blocks: int32 [N, 2]: a segment and a block of its rows; a segment of -1: nothing to do (a graph's fill).
+        pages: int32 [R, M], each request's pages in order; anything where they are behind the window.
+        window: None in full layers.
+        block: rows of a block.
+        splits: parts that keys are split in.
+    """
+
+    segments: Tensor
+    blocks: Tensor
+    pages: Tensor
+    window: int | None
+    block: int
+    splits: int
+
+
+def plan(
+    segments: Sequence[tuple[int, int, bool]],
+    pages: Sequence[Sequence[int | None]],
+    *,
+    group: int,
+    head_dim: int,
+    kv_heads: int,
+    window: int | None,
+    device: torch.device | str,
+    splits: int | None = None,
+) -> Plan:
+    """Lays a forward out.
+
+    Args:
+        segments: (position of the first token, how many, whether they are encoded), in the order of the rows.
+        pages: of each segment's request in this kind of layer.
+        group: query heads to a key head.
+        splits: parts to split keys in; None: as many as give each multiprocessor of a card something to do.
+    """
+    block = max(1, tiles.attention(head_dim).rows // power(group))
+    rows, blocks, first = [], [], 0
+    for number, (start, length, encoded) in enumerate(segments):
+        rows.append((first, length, start, int(encoded)))
+        blocks += [(number, part) for part in range(-(-length // block))]
+        first += length
+    if splits is None:
+        longest = max(min(start, window or start) + length for start, length, _ in segments)
+        programs = len(blocks) * kv_heads
+        splits = max(1, min(tiles.PROGRAMS // programs, longest // tiles.LEAST_KEYS))
+    most = max(1, *(len(own) for own in pages))
+    table = [[0 if page is None else page for page in own] + [0] * (most - len(own)) for own in pages]
+    return Plan(
+        segments=torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True),
+        blocks=torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True),
+        pages=torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
+        window=window,
+        block=block,
+        splits=splits,
+    )
+
+
+@triton.jit
+def _step(query, key, value, visible, highest, total, mixed):
+    """One tile of keys [BK, D] and values: the running softmax of flash attention. The scale is 1."""
+    score = dot(query, tl.trans(key), tl.zeros((query.shape[0], key.shape[0]), tl.float32))
+    score = tl.where(visible, score, float("-inf"))
+    peak = tl.maximum(highest, tl.max(score, 1))
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
+    weight = tl.exp(score - base[:, None])
+    shrink = tl.exp(highest - base)
+    total = total * shrink + tl.sum(weight, 1)
+    mixed = dot(narrow(weight, value.dtype), value, mixed * shrink[:, None])
+    return peak, total, mixed
+
+
+@triton.jit
+def _attend_kernel(
+    queries, keys, values, pool_keys, pool_values, segments, blocks, pages, out, peaks, sums, window, most,
+    heads, kv_heads, rows_in_all, D,
+    GROUP: tl.constexpr, LANES: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    kv = tl.program_id(1)
+    split = tl.program_id(2)
+    segment = tl.load(blocks + tl.program_id(0) * 2)
+    if segment >= 0:
+        row = tl.load(segments + segment * 4)
+        length = tl.load(segments + segment * 4 + 1)
+        start = tl.load(segments + segment * 4 + 2)
+        encoded = tl.load(segments + segment * 4 + 3) != 0
+
+        # A program's rows are pairs of a query and one of the heads that share this key head.
+        first_query = tl.load(blocks + tl.program_id(0) * 2 + 1) * BQ
+        lanes = tl.arange(0, BQ * LANES)
+        spots = first_query + lanes // LANES
+        real = (spots < length) & (lanes % LANES < GROUP)
+        width = tl.arange(0, BD)
+        wide = width < D
+        head = kv * GROUP + lanes % LANES
+        places = (row + spots).to(tl.int64) * heads + head
+        there = places[:, None] * D + width[None, :]
+        query = tl.load(queries + there, mask=real[:, None] & wide[None, :], other=0.0)
+
+        high = tl.where(encoded, start + spots, start - 1)
+        low = tl.maximum(0, tl.where(encoded, start + spots, start) - window + 1)
+        begin = tl.maximum(0, tl.where(encoded, start + first_query, start) - window + 1) // BK * BK
+        end = tl.where(encoded, start + tl.minimum(length, first_query + BQ), start)
+        committed = tl.cdiv(tl.maximum(end - begin, 0), BK)
+        own = tl.where(encoded, 0, tl.cdiv(length, BK))
+        each = tl.cdiv(committed + own, SPLITS)
+        from_tile, to_tile = split * each, tl.minimum((split + 1) * each, committed + own)
+
+        highest = tl.full((BQ * LANES,), float("-inf"), tl.float32)
+        total = tl.zeros((BQ * LANES,), tl.float32)
+        mixed = tl.zeros((BQ * LANES, BD), tl.float32)
+        for tile in range(from_tile, tl.minimum(to_tile, committed)):
+            position = begin + tile * BK + tl.arange(0, BK)
+            inside = position < end
+            if PAGE % BK == 0:  # one page has the whole tile
+                page = tl.load(pages + segment * most + (begin + tile * BK) // PAGE).to(tl.int64)
+                entry = (page * kv_heads + kv) * PAGE + position % PAGE
+            else:
+                page = tl.load(pages + segment * most + position // PAGE, mask=inside, other=0).to(tl.int64)
+                entry = (page * kv_heads + kv) * PAGE + position % PAGE
+            here = entry[:, None] * D + width[None, :]
+            key = tl.load(pool_keys + here, mask=inside[:, None] & wide[None, :], other=0.0)
+            value = tl.load(pool_values + here, mask=inside[:, None] & wide[None, :], other=0.0)
+            visible = (position[None, :] >= low[:, None]) & (position[None, :] <= high[:, None])
+            highest, total, mixed = _step(query, key, value, visible, highest, total, mixed)
+        for tile in range(tl.maximum(from_tile, committed), to_tile):
+            spot = (tile - committed) * BK + tl.arange(0, BK)
+            here = ((row + spot).to(tl.int64) * kv_heads + kv)[:, None] * D + width[None, :]
+            key = tl.load(keys + here, mask=(spot < length)[:, None] & wide[None, :], other=0.0)
+            value = tl.load(values + here, mask=(spot < length)[:, None] & wide[None, :], other=0.0)
+            visible = (spot < length)[None, :] & real[:, None]
+            highest, total, mixed = _step(query, key, value, visible, highest, total, mixed)
+
+        if SPLITS == 1:
+            mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(out + there, narrow(mixed, out.dtype.element_ty), mask=real[:, None] & wide[None, :])
+        else:
+            part = split.to(tl.int64) * rows_in_all * heads
+            tl.store(out + part * D + there, mixed, mask=real[:, None] & wide[None, :])
+            tl.store(peaks + part + places, highest, mask=real)
+            tl.store(sums + part + places, total, mask=real)
+
+
+@triton.jit
+def _merge_kernel(parts, peaks, sums, out, count, D, SPLITS: tl.constexpr, PADDED: tl.constexpr, BD: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    splits, width = tl.arange(0, PADDED), tl.arange(0, BD)
+    peak = tl.load(peaks + splits * count + place, mask=splits < SPLITS, other=float("-inf"))
+    total = tl.load(sums + splits * count + place, mask=splits < SPLITS, other=0.0)
+    share = tl.exp(peak - tl.max(peak, 0))
+    there = (splits * count + place)[:, None] * D + width[None, :]
+    mixed = tl.load(parts + there, mask=(splits < SPLITS)[:, None] & (width < D)[None, :], other=0.0)
+    value = tl.sum(mixed * share[:, None], 0) / tl.sum(total * share, 0)
+    tl.store(out + place * D + width, narrow(value, out.dtype.element_ty), mask=width < D)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, pool_keys: Tensor, pool_values: Tensor, plan: Plan) -> Tensor:
+    """All segments' attention in one or two launches: [T, heads, D] -> [T, heads, D]; the scale is 1.
+
+    Args:
+        queries: [T, heads, D], normalised and turned.
+        keys, values: [T, kv_heads, D], of the canvases; rows of encoded segments are not read.
+        pool_keys, pool_values: [pages, kv_heads, P, D], where encoded segments' own are already written.
+    """
+    rows, heads, width = queries.shape
+    _, kv_heads, page, _ = pool_keys.shape
+    queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
+    tile, splits = tiles.attention(width), plan.splits
+    out = torch.empty_like(queries)
+    parts, peaks, sums = out, out, out
+    if splits > 1:
+        parts = torch.empty(splits, rows, heads, width, device=queries.device)
+        peaks, sums = torch.empty(2, splits, rows, heads, device=queries.device)
+    lanes, wide = power(heads // kv_heads), max(16, power(width))
+    _attend_kernel[(len(plan.blocks), kv_heads, splits)](
+        queries, keys, values, pool_keys, pool_values, plan.segments, plan.blocks, plan.pages, parts, peaks, sums,
+        plan.window or 1 << 30, plan.pages.shape[1], heads, kv_heads, rows, width,
+        GROUP=heads // kv_heads, LANES=lanes, BQ=plan.block, BK=tile.columns, BD=wide, PAGE=page, SPLITS=splits,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(rows * heads,)](
+            parts, peaks, sums, out, rows * heads, width, SPLITS=splits, PADDED=power(splits), BD=wide, num_warps=4
+        )
+    return out
