@@ -50,3 +50,13 @@ def attention(head_dim: int) -> Tile:
     if head_dim > 64:
         return Tile(rows=128, columns=64, warps=8, stages=2)
     return Tile(rows=64, columns=32, warps=4, stages=2)
+
+
+def vocabulary(positions: int) -> Tile:
+    """For scores: `columns` are the words of a tile, which the blend takes or leaves as one."""
+    return Tile(rows=64 if positions <= 64 else 128, columns=128, inner=64, warps=8, stages=3)
+
+
+def blend(positions: int) -> Tile:
+    """For the table's blend: `inner` is of the hidden width."""
+    return Tile(rows=64 if positions <= 64 else 128, columns=128, inner=128, warps=8, stages=3)

@@ -1,0 +1,198 @@
+"""The operations on a GPU: the same names and contracts as in `cpu`, and attention, routing and what lies between.
+
+Each call runs a Triton kernel, a library's, or plain torch (`plain`, `reference`); `choose` says which and why. Nothing
+here loads Triton before a kernel of it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..quant import Quantized
+from . import plain, reference
+from .cpu import TOLERANCE, Look
+from .plain import Weight
+from .wish import Wish
+
+if TYPE_CHECKING:
+    from .triton.attention import Plan
+    from .triton.routing import Routing
+
+TRITON, LIBRARY, PLAIN = "triton", "library", "plain"
+
+
+class Choice(NamedTuple):
+    """What runs an operation, and why."""
+
+    way: str
+    reason: str
+
+
+# By operation and form of the weight, on cards that Triton compiles for. No figure is behind any of them yet: each
+# reason ends in what has to be measured.
+CHOICES = {
+    ("linear", "float"): Choice(LIBRARY, "cuBLAS is tuned for every shape; not yet measured"),
+    ("linear", "fp8"): Choice(LIBRARY, "torch._scaled_mm takes scales by row; not yet measured"),
+    ("linear", "int8"): Choice(TRITON, "torch has none for weights alone in 8 bits; not yet measured"),
+    ("linear", "int4"): Choice(TRITON, "torch's wants another layout than the files'; not yet measured"),
+    ("experts", "float"): Choice(TRITON, "fuses gate, up and GELU; torch's grouped product not yet measured"),
+    ("experts", "fp8"): Choice(TRITON, "fuses gate, up, GELU and rounding; not yet measured"),
+    ("experts", "int8"): Choice(TRITON, "torch has none; not yet measured"),
+    ("experts", "int4"): Choice(TRITON, "torch has none; not yet measured"),
+    ("route", "float"): Choice(TRITON, "one launch for about seven; not yet measured"),
+    ("attend", "float"): Choice(TRITON, "reads pages where they lie; not yet measured"),
+    ("vocabulary", "float"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
+    ("vocabulary", "fp8"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
+    ("vocabulary", "int8"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
+}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton is installed, and a card or its interpreter (`TRITON_INTERPRET=1`) is there to run it."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(operation: str, weight: Weight | None = None) -> Choice:
+    """What runs an operation with a weight."""
+    form = form_of(weight)
+    if not available():
+        return Choice(PLAIN, "there is no Triton, or nothing to run it on")
+    if weight is not None and not _fits(weight, operation):
+        return Choice(PLAIN, "the kernels have no product for groups of this size")
+    choice = CHOICES.get((operation, form), Choice(PLAIN, "there is no kernel for weights of this form"))
+    if (operation, form) == ("linear", "fp8") and not _scaled_products():
+        return Choice(TRITON, "torch._scaled_mm by row needs CUDA and a card of compute capability 9.0 or later")
+    return choice
+
+
+def form_of(weight: Weight | None) -> str:
+    """ "float", "fp8", "int8" or "int4"."""
+    if not isinstance(weight, Quantized):
+        return "float"
+    return "fp8" if weight.floating else f"int{weight.bits}"
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. FP8 weights meet x in FP8, rounded row by row."""
+    way = choose("linear", weight).way
+    if way == TRITON:
+        from .triton import linear as kernels
+
+        return kernels.linear(x, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    if way == LIBRARY and isinstance(weight, Quantized) and len(flat):
+        values, scales = plain.fp8_rows(flat)
+        out = torch._scaled_mm(
+            values, weight.data.mT, scale_a=scales, scale_b=weight.scales.mT, out_dtype=torch.bfloat16
+        ).to(x.dtype)
+    else:
+        out = plain.linear(flat, weight)
+    return out.view(*x.shape[:-1], weight.shape[-2])
+
+
+def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    """Sum over each token's k experts of weight times `down(gelu(gate(x)) * up(x))`, in the router's order.
+
+    Args:
+        x: [T, H].
+        weights: [T, k] float32.
+        experts: [T, k] int64, below E.
+        gate_up: [E, 2I, H], gate rows first.
+        down: [E, H, I]; both weights in FP8, or neither.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    ways = {choose("experts", gate_up).way, choose("experts", down).way}
+    if ways != {TRITON} or (form_of(gate_up) == "fp8") != (form_of(down) == "fp8"):
+        return plain.experts(x, weights, experts, gate_up, down)
+    from .triton.experts import expert_outputs, weighted_sum
+
+    order, offsets = plain.group(experts, gate_up.shape[0])
+    return weighted_sum(expert_outputs(x, order, offsets, gate_up, down), weights)
+
+
+def mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+    """A gated feed-forward, `gate_up` [2I, H] (gate rows first) and `down` [H, I]: [..., H] -> [..., H]."""
+    flat = x.reshape(-1, x.shape[-1])
+    ones, zeros = (
+        torch.ones(len(flat), 1, device=x.device),
+        torch.zeros(len(flat), 1, dtype=torch.int64, device=x.device),
+    )
+    return experts(flat, ones, zeros, gate_up[None], down[None]).view(x.shape)
+
+
+def route(scores: Tensor, k: int, expert_scale: Tensor) -> Routing:
+    """Router scores [T, E] -> each token's k experts, their weights, and the assignments sorted by expert."""
+    from .triton import routing
+
+    return routing.route(scores, k, expert_scale)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, pool_keys: Tensor, pool_values: Tensor, plan: Plan) -> Tensor:
+    """Attention of many requests over pages, as `triton.attention.plan` laid it out: [T, heads, D] -> [T, heads, D]."""
+    from .triton import attention
+
+    return attention.attend(queries, keys, values, pool_keys, pool_values, plan)
+
+
+def vocabulary(
+    hidden: Tensor,
+    table: Weight,
+    wish: Wish,
+    *,
+    uniform: Tensor | None = None,
+    hint: Tensor | None = None,
+    soft: bool = True,
+    product: Callable[[Tensor, Tensor], Tensor] = plain.linear,
+) -> Look:
+    """The vocabulary step: hidden states [n, H] and a table [V, H] -> what is found, and the table's rows blended by
+    their probabilities, float32 [n, H] (None unless `soft`).
+
+    Args:
+        hidden: its dtype's tolerance is what a blend may leave out, as in `cpu.vocabulary`.
+        uniform: [n] in [0, 1), to sample with; None: the likeliest.
+        hint: changes nothing here.
+        product: of activations and a table, where no kernel does it.
+    """
+    del hint
+    if choose("vocabulary", table).way != TRITON:
+        entries = table.float() if isinstance(table, Tensor) else table.dequantize()
+        found, weights, totals = reference.read(product(hidden.float(), entries), wish, uniform)
+        return Look(found, (weights / totals) @ entries if soft else None, 1.0 if soft else 0.0)
+    from .triton import vocabulary as kernels
+
+    device, n = hidden.device, len(hidden)
+    bias = None
+    if wish.bias:
+        words, values = zip(*wish.bias, strict=True)
+        bias = torch.tensor(words, device=device), torch.tensor(values, dtype=torch.float32, device=device)
+    step = kernels.step(
+        hidden, table, heats=torch.full((n,), wish.heat, device=device), cap=wish.cap,
+        tolerance=TOLERANCE[hidden.dtype], uniform=uniform,
+        barred=(torch.arange(n, device=device) < wish.barred).to(torch.int8),
+        ends=torch.tensor(wish.ends, dtype=torch.int64, device=device), bias=bias, soft=soft,
+    )  # fmt: skip
+    return Look(step.found, step.soft, float(step.share))
+
+
+def _fits(weight: Weight, operation: str) -> bool:
+    from .triton.common import fits
+
+    by_row = not isinstance(weight, Quantized) or weight.group is None
+    return fits(weight) and (operation != "vocabulary" or by_row)
+
+
+@functools.cache
+def _scaled_products() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -1,0 +1,230 @@
+"""The vocabulary step: scores against the table, what is found in them, and the table's rows blended by them.
+
+1. *scores*: a program has some positions and a tile of words. It keeps what the tile says of each position (largest
+   score, its word, the sum of weights exp(score - largest), their weighted logarithms) and writes the weights in the
+   activations' dtype. No score goes to memory.
+2. *merge*: one program a position puts its tiles together: argmax, entropy, the tile that holds the sample and the
+   word in it; and each tile's factor, which turns its weights into probabilities. Tiles with next to nothing of a
+   position's weight get the factor 0.
+3. *live*: for each block of positions, the tiles in which any has a factor.
+4. *blend*: probabilities times the table, over the live tiles alone. The tiles are split among programs, and the parts
+   are added in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...quant import Quantized
+from ..wish import Found
+from . import tiles
+from .common import dot, narrow, operand, power, products
+from .linear import activations
+
+
+class Step(NamedTuple):
+    """What the step finds of n positions.
+
+    Fields:
+        found: words and entropies.
+        soft: float32 [n, H]; None unless asked for.
+        share: of all pairs of a position and a tile, those that took part in `soft`: a tensor of one number, so that
+            nothing waits for it.
+    """
+
+    found: Found
+    soft: Tensor | None
+    share: Tensor
+
+
+@triton.jit
+def _scores_kernel(
+    x, xs, w, ws, heats, barred, bias_words, biases, ends, weights, peaks, totals, means, words, n, V, K, cap,
+    bias_count, end_count, FORM: tl.constexpr, CAPPED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    tall = tl.cdiv(n, BM)
+    tile = tl.program_id(0) // tall
+    rows = tl.program_id(0) % tall * BM + tl.arange(0, BM)
+    lines = tile * BN + tl.arange(0, BN)
+    seen, real = rows < n, lines < V
+    score = products(x, xs, rows, seen, w, ws, lines, real, K, FORM, 0, 0, BM, BN, BK)
+    broken = tl.max((tl.abs(score) < float("inf")).to(tl.int32) ^ 1, 0)
+    if CAPPED:
+        score = cap * (1.0 - 2.0 / (tl.exp(score * (2.0 / cap)) + 1.0))
+    for number in range(bias_count):
+        word, value = tl.load(bias_words + number), tl.load(biases + number)
+        score += tl.where(lines == word, value, 0.0)[:, None]
+    score = score / tl.load(heats + rows, mask=seen, other=1.0)[None, :]
+    refused = tl.load(barred + rows, mask=seen, other=0) != 0
+    for number in range(end_count):
+        word = tl.load(ends + number)
+        score = tl.where((lines == word)[:, None] & refused[None, :], float("-inf"), score)
+    score = tl.where(real[:, None], score, float("-inf"))
+    peak = tl.max(score, 0)
+    word = tl.min(tl.where(score == peak[None, :], lines[:, None], V - 1), 0)
+    logs = tl.maximum(score - tl.where(peak == float("-inf"), 0.0, peak)[None, :], -1e4)
+    weight = tl.where(score == float("-inf"), 0.0, tl.exp(logs))
+    there = rows.to(tl.int64)[None, :] * V + lines[:, None]
+    tl.store(weights + there, narrow(weight, weights.dtype.element_ty), mask=real[:, None] & seen[None, :])
+    spot = rows.to(tl.int64) * tl.cdiv(V, BN) + tile
+    tl.store(peaks + spot, peak, mask=seen)
+    tl.store(totals + spot, tl.where(broken != 0, float("nan"), tl.sum(weight, 0)), mask=seen)
+    tl.store(means + spot, tl.sum(weight * logs, 0), mask=seen)
+    tl.store(words + spot, word, mask=seen)
+
+
+@triton.jit
+def _merge_kernel(
+    weights, peaks, totals, means, words, uniforms, factors, argmaxes, samples, entropies, V, tile_count, least,
+    SAMPLED: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, PADDED)
+    real, spot = lanes < tile_count, row * tile_count + lanes
+    peak = tl.load(peaks + spot, mask=real, other=float("-inf"))
+    own = tl.load(totals + spot, mask=real, other=0.0)
+    broken = tl.max((own != own).to(tl.int32), 0) != 0
+    most = tl.max(peak, 0)
+    gap = tl.maximum(peak - most, -1e4)
+    share = tl.where(real & (peak > float("-inf")), tl.exp(gap), 0.0)
+    mass = own * share
+    total = tl.sum(mass, 0)
+    mean = tl.sum(share * tl.load(means + spot, mask=real, other=0.0) + mass * gap, 0)
+    best = tl.min(tl.where(peak == most, tl.load(words + spot, mask=real, other=V), V), 0)
+    best = tl.where(broken, 0, best)
+    tl.store(argmaxes + row, best.to(tl.int64))
+    tl.store(entropies + row, tl.where(broken, float("nan"), tl.log(total) - mean / total))
+    tl.store(factors + spot, tl.where(mass > least * total, share / total, 0.0), mask=real)
+    if SAMPLED:
+        ends = tl.cumsum(mass, 0)
+        target = tl.load(uniforms + row) * tl.max(ends, 0)
+        last = tl.max(tl.where(mass > 0.0, lanes, 0), 0)  # rounding must not carry it to where no weight is
+        tile = tl.minimum(tl.sum((ends <= target).to(tl.int32), 0), last)
+        inside = tl.maximum(target - tl.sum(tl.where(lanes < tile, mass, 0.0), 0), 0.0)
+        inside = inside / tl.sum(tl.where(lanes == tile, mass, 0.0), 0)
+        line = tile * BN + tl.arange(0, BN)
+        weight = tl.load(weights + row * V + line, mask=line < V, other=0.0).to(tl.float32)
+        ends = tl.cumsum(weight, 0)
+        last = tl.max(tl.where(weight > 0.0, tl.arange(0, BN), 0), 0)
+        word = tl.minimum(tl.sum((ends <= inside * tl.max(ends, 0)).to(tl.int32), 0), last) + tile * BN
+        tl.store(samples + row, tl.where(broken, 0, word).to(tl.int64))
+
+
+@triton.jit
+def _live_kernel(factors, live, counts, taken, n, tile_count, BM: tl.constexpr, PADDED: tl.constexpr):
+    block = tl.program_id(0)
+    lanes = tl.arange(0, PADDED)
+    users = tl.zeros((PADDED,), tl.int32)
+    for row in range(block * BM, tl.minimum(n, block * BM + BM)):
+        there = factors + (tl.full((), 0, tl.int64) + row) * tile_count + lanes
+        factor = tl.load(there, mask=lanes < tile_count, other=0.0)
+        users += (factor != 0.0).to(tl.int32)
+    used = (users > 0).to(tl.int32)
+    tl.store(live + block * tile_count + tl.cumsum(used, 0) - 1, lanes, mask=users > 0)
+    tl.store(counts + block, tl.sum(used, 0))
+    tl.store(taken + block, tl.sum(users, 0))
+
+
+@triton.jit
+def _blend_kernel(
+    weights, factors, live, counts, w, ws, parts, n, V, H, tile_count,
+    SCALED: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    block, split = tl.program_id(1), tl.program_id(2)
+    rows = block * BM + tl.arange(0, BM)
+    columns = tl.program_id(0) * BH + tl.arange(0, BH)
+    count = tl.load(counts + block)
+    each = tl.cdiv(count, SPLITS)
+    acc = tl.zeros((BM, BH), tl.float32)
+    for number in range(split * each, tl.minimum((split + 1) * each, count)):
+        tile = tl.load(live + block * tile_count + number)
+        lines = tile * BN + tl.arange(0, BN)
+        there = rows.to(tl.int64)[:, None] * V + lines[None, :]
+        weight = tl.load(weights + there, mask=(rows < n)[:, None] & (lines < V)[None, :], other=0.0)
+        if SCALED:
+            scale = tl.load(ws + lines, mask=lines < V, other=0.0)
+            weight = narrow(weight.to(tl.float32) * scale[None, :], weights.dtype.element_ty)
+        there = lines.to(tl.int64)[:, None] * H + columns[None, :]
+        entry = tl.load(w + there, mask=(lines < V)[:, None] & (columns < H)[None, :], other=0.0)
+        if entry.dtype != weight.dtype:
+            entry = narrow(entry.to(tl.float32), weights.dtype.element_ty)
+        factor = tl.load(factors + rows.to(tl.int64) * tile_count + tile, mask=rows < n, other=0.0)
+        acc += dot(weight, entry, tl.zeros((BM, BH), tl.float32)) * factor[:, None]
+    there = (split * n + rows).to(tl.int64)[:, None] * H + columns[None, :]
+    tl.store(parts + there, acc, mask=(rows < n)[:, None] & (columns < H)[None, :])
+
+
+def step(
+    hidden: Tensor,
+    table: Tensor | Quantized,
+    *,
+    heats: Tensor,
+    cap: float | None,
+    tolerance: float,
+    uniform: Tensor | None = None,
+    barred: Tensor | None = None,
+    ends: Tensor | None = None,
+    bias: tuple[Tensor, Tensor] | None = None,
+    soft: bool = True,
+) -> Step:
+    """Hidden states [n, H] against a table [V, H]: of floats, FP8 or 8 bits with a scale a row.
+
+    Positions may be those of several requests: each has its own temperature. The sample is the first word whose
+    cumulative weight is above the position's share of the total, weights within a tile of words as rounded in memory.
+
+    Args:
+        heats: float32 [n], what scores are divided by.
+        cap: soft-cap; None: no cap.
+        tolerance: the share of a position's weight that its blend may leave out.
+        uniform: float32 [n] in [0, 1); None: the likeliest.
+        barred: int8 [n], 1 where the words `ends` (int64) are refused.
+        bias: int64 words and the float32 numbers that are added to their scores.
+    """
+    own = operand(table)
+    n, (words, width), device = len(hidden), own.shape, hidden.device
+    tile = tiles.vocabulary(n)
+    count = triton.cdiv(words, tile.columns)
+    weights = torch.empty(n, words, dtype=hidden.dtype, device=device)
+    peaks, totals, means, factors = torch.empty(4, n, count, device=device)
+    best = torch.empty(n, count, dtype=torch.int32, device=device)
+    argmax, entropies = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, device=device)
+    sampled = argmax if uniform is None else torch.empty_like(argmax)
+    found, share = Found(argmax, sampled, entropies), torch.zeros((), device=device)
+    if not n:
+        return Step(found, torch.empty(0, width, device=device) if soft else None, share)
+    ends = argmax[:0] if ends is None else ends
+    barred = torch.zeros(n, dtype=torch.int8, device=device) if barred is None else barred
+    bias_words, biases = (argmax[:0], entropies[:0]) if bias is None else bias
+    value, scales = activations(hidden, own)
+    padded = power(count)
+    _scores_kernel[(triton.cdiv(n, tile.rows) * count,)](
+        value, scales, own.data, own.scales, heats, barred, bias_words, biases, ends, weights, peaks, totals, means,
+        best, n, words, width, cap or 0.0, len(bias_words), len(ends), FORM=own.form, CAPPED=cap is not None,
+        BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    _merge_kernel[(n,)](
+        weights, peaks, totals, means, best, entropies if uniform is None else uniform, factors, argmax, sampled,
+        entropies, words, count, tolerance / count, SAMPLED=uniform is not None, PADDED=padded, BN=tile.columns,
+        num_warps=4,
+    )  # fmt: skip
+    if not soft:
+        return Step(found, None, share)
+    blend = tiles.blend(n)
+    blocks, wide = triton.cdiv(n, blend.rows), triton.cdiv(width, blend.inner)
+    splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
+    live = torch.empty(blocks, count, dtype=torch.int32, device=device)
+    counts, taken = torch.empty(2, blocks, dtype=torch.int32, device=device)
+    _live_kernel[(blocks,)](factors, live, counts, taken, n, count, BM=blend.rows, PADDED=padded)
+    parts = torch.empty(splits, n, width, device=device)
+    _blend_kernel[(wide, blocks, splits)](
+        weights, factors, live, counts, own.data, own.scales, parts, n, words, width, count,
+        SCALED=own.form != "float", SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.inner,
+        num_warps=blend.warps, num_stages=blend.stages,
+    )  # fmt: skip
+    return Step(found, parts.sum(dim=0), taken.sum() / (n * count))

@@ -1,0 +1,51 @@
+"""The door to the GPU's operations: what it chooses, and that contracts hold whichever way runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from gpu_tensors import DEVICE, near, numbers, weight
+
+from dgemma.kernels import gpu, plain, reference
+from dgemma.kernels.wish import Wish
+
+
+@pytest.mark.parametrize("form", ["float32", "fp8", "int4-32", "int8-8"])
+def test_products(form: str) -> None:
+    """The same through the door as in plain torch, also for groups that no kernel takes."""
+    x = numbers(2, 3, 64)
+    own = weight(form, 10, 64)
+    near(gpu.linear(x, own), plain.linear(x.flatten(0, 1), own).view(2, 3, 10), 2e-6)
+    gate_up, down = weight(form, 2 * 32, 64), weight(form, 64, 32, seed=1)
+    tolerance = 2e-3 if form == "fp8" else 2e-6
+    near(gpu.mlp(x, gate_up, down), plain.mlp(x.flatten(0, 1), gate_up, down).view(x.shape), tolerance)
+
+
+def test_choices_have_reasons() -> None:
+    """A group of 8 has no kernel; FP8 on a card without `_scaled_mm` has."""
+    assert gpu.choose("linear", weight("int8-8", 4, 32)).way == gpu.PLAIN
+    assert gpu.choose("experts", weight("int4-32", 2, 4, 32)).way == gpu.TRITON
+    assert gpu.choose("vocabulary", weight("int4-32", 4, 32)).way == gpu.PLAIN
+    assert all("measured" in choice.reason for choice in gpu.CHOICES.values())
+
+
+@pytest.mark.parametrize("form", ["float32", "int4-32"])
+def test_vocabulary(form: str) -> None:
+    """A table that the kernels take, and one that they do not."""
+    hidden, table, wish = numbers(3, 32, scale=4.0), weight(form, 90, 32), Wish(heat=0.8, cap=10.0, bias=((4, 1.0),))
+    look = gpu.vocabulary(hidden, table, wish)
+    entries = table if isinstance(table, torch.Tensor) else table.dequantize()
+    wanted, weights, totals = reference.read((hidden @ entries.T).cpu(), wish, None)
+    assert torch.equal(look.found.argmax.cpu(), wanted.argmax)
+    near(look.found.entropies, wanted.entropies.to(DEVICE), 1e-4)
+    assert look.soft is not None
+    near(look.soft, (weights / totals).to(DEVICE) @ entries, 1e-5)
+
+
+def test_triton_is_loaded_by_kernels_alone() -> None:
+    """Neither the door nor its choice among tensors loads it before a kernel is asked for."""
+    code = "import sys, dgemma.kernels.gpu\nassert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,62 @@
+"""The vocabulary step against `kernels.reference` and a plain product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_tensors import DEVICE, near, numbers, weight
+
+from dgemma.kernels import plain, reference
+from dgemma.kernels.triton.vocabulary import step
+from dgemma.kernels.wish import Wish
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize(("n", "words", "width"), [(1, 5, 32), (5, 300, 40), (70, 515, 64)])
+def test_step(form: str, n: int, words: int, width: int) -> None:
+    """Words, entropies, samples and blends, with a cap, a bias, refused words."""
+    kind = torch.bfloat16 if form == "bfloat16" else torch.float32
+    hidden, table = numbers(n, width, dtype=kind, scale=6.0), weight(form, words, width)
+    wish = Wish(heat=0.7, cap=8.0, bias=((words - 1, 1.5), (2, -0.5)), ends=(0, 3), barred=2)
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    uniform[0] = 0.0
+    raw = plain.linear(hidden, table) if kind == torch.float32 else hidden.float() @ table.float().T
+    wanted, weights, total = reference.read(raw.cpu(), wish, uniform.cpu())
+    barred = (torch.arange(n) < wish.barred).to(DEVICE, torch.int8)
+    found = step(
+        hidden, table, heats=torch.full((n,), wish.heat, device=DEVICE), cap=wish.cap, tolerance=2.0**-25,
+        uniform=uniform, barred=barred, ends=torch.tensor(wish.ends, device=DEVICE),
+        bias=(torch.tensor([words - 1, 2], device=DEVICE), torch.tensor([1.5, -0.5], device=DEVICE)),
+    )  # fmt: skip
+    share = (weights / total).to(DEVICE)
+    chosen = share.gather(1, found.found.argmax[:, None])
+    assert torch.all(chosen >= share.amax(dim=1, keepdim=True) * (1 - 1e-4))
+    near(found.found.entropies, wanted.entropies.to(DEVICE), 1e-4)
+    ends = share.double().cumsum(dim=1)
+    end = ends.gather(1, found.found.sampled[:, None])[:, 0]
+    begin = end - share.double().gather(1, found.found.sampled[:, None])[:, 0]
+    room = 1e-5 if kind == torch.float32 else 2**-8
+    assert torch.all((begin <= uniform + room) & (end >= uniform - room)) and torch.all(end > begin)
+    plain_table = table.float() if isinstance(table, torch.Tensor) else table.dequantize()
+    near(found.soft, share @ plain_table, 2**-7 if kind == torch.bfloat16 else 1e-5)
+
+
+def test_sure_positions_leave_tiles_out() -> None:
+    """What is left out is within the tolerance, and a row's result does not depend on the others."""
+    table = torch.cat([numbers(700, 32), numbers(1, 32)])
+    hidden = torch.stack([table[3] * 4, table[650] * 4, numbers(32, scale=0.01)])
+    heats = torch.ones(3, device=DEVICE)
+    found = step(hidden, table, heats=heats, cap=None, tolerance=2.0**-9)
+    assert found.found.argmax[:2].tolist() == [3, 650] and 0 < float(found.share) < 0.8
+    near(found.soft, torch.softmax(hidden @ table.T, dim=-1) @ table, 2.0**-8)
+    alone = step(hidden[1:2], table, heats=heats[:1], cap=None, tolerance=2.0**-9)
+    near(alone.soft, found.soft[1:2], 1e-6)
+
+
+def test_broken_scores_are_named() -> None:
+    """NaN and infinity: entropy NaN, word 0; other positions as before."""
+    table, hidden = numbers(200, 32), numbers(4, 32)
+    hidden[1, 0], hidden[2, 0] = float("nan"), float("inf")
+    found = step(hidden, table, heats=torch.ones(4), cap=30.0, tolerance=1e-6, uniform=torch.full((4,), 0.5)).found
+    assert torch.isnan(found.entropies).tolist() == [False, True, True, False]
+    assert found.argmax[1:3].tolist() == found.sampled[1:3].tolist() == [0, 0]
