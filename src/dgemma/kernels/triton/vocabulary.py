@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant import Quantized
-from ..wish import Found
+from ..belief import Belief
 from . import tiles
 from .common import dot, narrow, operand, power, products
 from .linear import activations
@@ -37,7 +37,7 @@ class Step(NamedTuple):
             nothing waits for it.
     """
 
-    found: Found
+    found: Belief
     soft: Tensor | None
     share: Tensor
 
@@ -195,7 +195,7 @@ def step(
     best = torch.empty(n, count, dtype=torch.int32, device=device)
     argmax, entropies = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, device=device)
     sampled = argmax if uniform is None else torch.empty_like(argmax)
-    found, share = Found(argmax, sampled, entropies), torch.zeros((), device=device)
+    found, share = Belief(argmax, sampled, entropies), torch.zeros((), device=device)
     if not n:
         return Step(found, torch.empty(0, width, device=device) if soft else None, share)
     ends = argmax[:0] if ends is None else ends
