@@ -83,6 +83,15 @@ def test_stdin_to_stdout(invoke: Invoke) -> None:
     assert sorted(json.loads(line).get("line", 0) for line in done.stdout.splitlines()) == [0, 2]
 
 
+def test_a_file_to_stdout(invoke: Invoke, tmp_path: Path) -> None:
+    """The same with a file as input; nothing else is left behind."""
+    write(tmp_path / "in.jsonl", [request(n) for n in range(3)])
+    done = invoke("in.jsonl", "-")
+    assert done.exit_code == 0, done.stderr
+    assert sorted(json.loads(line)["custom_id"] for line in done.stdout.splitlines()) == ["r0", "r1", "r2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_shards_and_merge(invoke: Invoke, tmp_path: Path) -> None:
     asked = [request(n) for n in range(10)]
     write(tmp_path / "in.jsonl", asked)

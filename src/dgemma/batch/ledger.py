@@ -64,8 +64,10 @@ class Ledger:
         try:
             if paths.target is not None:
                 self._begin(form)
-            elif paths.errors is not None:
-                paths.errors.unlink(missing_ok=True)
+            else:
+                self.state = {"input": {} if self.source.once else self.source.stamp()}
+                if paths.errors is not None:
+                    paths.errors.unlink(missing_ok=True)
             if not self.finished:
                 self._out: Sink = Stdout() if paths.answers is None else Appender(paths.answers)
                 self._err: Sink = self._out if paths.errors is None else Appender(paths.errors, late=True)
