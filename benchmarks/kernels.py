@@ -118,17 +118,17 @@ def vocabulary(results: Results, rounds: int) -> dict[str, Any]:
 
 def demo(results: Results, rounds: int) -> dict[str, Any]:
     """What follows the demo's last layer, for a canvas: the sampler's functions against the fused ones."""
-    network, settings = dgemma.load("demo").network, SamplingParams()
+    network = dgemma.load("demo").network
     table = network.embed_tokens.weight.detach()
     cap = network.config.final_logit_softcapping
     hidden, uniform = torch.randn(1, CANVAS, table.shape[1]) * 3, torch.rand(CANVAS)
-    ends, wish = torch.tensor([1]), cpu.Wish(heat=0.6, cap=cap, ends=(1,))
+    wish = cpu.Wish(heat=0.6, cap=cap)
 
     def separate() -> list[Tensor]:
         found = []
         for first in range(0, CANVAS, 64):
             scores = network.logits(hidden[:, first : first + 64])
-            processed = process(scores, settings, torch.tensor(0.6), ends, 0)
+            processed = process(scores, SamplingParams(), cpu.Wish(heat=0.6))
             belief, weights, total = read(processed, uniform[None, first : first + 64])
             network.blend(weights) / total
             found.append(belief.sampled[0])

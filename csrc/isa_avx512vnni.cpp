@@ -3,11 +3,12 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "x86_turn.h"
 
 namespace dgemma {
 namespace {
 
-struct Isa {
+struct Isa : Turn {
     static constexpr const char* kName = "avx512vnni";
     static constexpr int kRows = 16;  // 16 sums beside weights, mask and activations; more rows would rarely be full
     static constexpr int kOffset4 = 8, kOffset8 = 128;
@@ -48,13 +49,6 @@ struct Isa {
         for (int p = 0; p < 8; p++) {
             quad<Rows>(sums, _mm512_loadu_si512(weights + 64 * p), values + kQuad * Rows * p);
         }
-    }
-
-    // 4 x 4 bytes, columns to rows.
-    static void turn16(const uint8_t* from, uint8_t* to) {
-        const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(value, order));
     }
 };
 

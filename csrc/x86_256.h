@@ -5,11 +5,12 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "x86_turn.h"
 
 namespace dgemma {
 namespace {
 
-struct Wide256 {
+struct Wide256 : Turn {
     struct Ints {
         __m256i a, b;
     };
@@ -39,13 +40,6 @@ struct Wide256 {
     }
     static __m256i low(__m256i pair, __m256i mask) { return _mm256_and_si256(pair, mask); }
     static __m256i high(__m256i pair, __m256i mask) { return _mm256_and_si256(_mm256_srli_epi16(pair, 4), mask); }
-
-    // 4 x 4 bytes, columns to rows.
-    static void turn16(const uint8_t* from, uint8_t* to) {
-        const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        const __m128i value = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(value, order));
-    }
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ import torch
 
 import dgemma
 from dgemma.diffusion import CounterDraws, settle
-from dgemma.diffusion.canvas import process
+from dgemma.diffusion.canvas import process, wish_of
 from dgemma.engine import Engine, EngineSettings, Request, Ticket
 from dgemma.events import Event, Finish, Result
 from dgemma.params import GenerationConfig, SamplingParams
@@ -167,7 +167,7 @@ def loop(network: Any, request: Request) -> tuple[list[int], list[int], Logs]:
         if params.mode == "autoregressive":
             scores = network.logits(hidden[:, -1:])
             barred = int(len(tokens) < params.min_tokens)
-            processed = process(scores, params, 1.0, torch.tensor(sorted(ends), dtype=torch.int64), barred)
+            processed = process(scores, params, wish_of(params, 1.0, ends, barred))
             greedy = params.temperature == 0
             chosen = processed.argmax(dim=-1) if greedy else draws.sample(len(tokens), 0, processed)
             new = [int(chosen)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_weights import random_weight
 from torch import Tensor
 
-from dgemma.diffusion.canvas import process
+from dgemma.diffusion.canvas import process, wish_of
 from dgemma.kernels import cpu, reference
 from dgemma.kernels.belief import Belief, read
 from dgemma.params import SamplingParams
@@ -57,7 +57,7 @@ def test_read_equals_the_sampler(
     bias = {1: 2.5, words - 1: -1.0} if biased else None
     heat = torch.tensor(0.8) * 0.55
     params = SamplingParams(temperature=0.55, **({"logit_bias": bias} if bias else {}))
-    processed = process(scores[None], params, torch.tensor(0.8), torch.tensor([0, 2]), barred)
+    processed = process(scores[None], params, wish_of(params, torch.tensor(0.8), (0, 2), barred))
     belief, weights, totals = read(processed.clone(), None if uniform is None else uniform[None])
 
     wish = cpu.Wish(heat=float(heat), bias=tuple((bias or {}).items()), ends=(0, 2), barred=barred)

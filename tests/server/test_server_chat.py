@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
+from servers import Running
 
-from conftest import Running
 from dgemma.events import Delta
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]

@@ -6,8 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-
-from conftest import SECONDS, Running
+from servers import SECONDS, Running
 
 
 def complete(client: openai.OpenAI, prompt: Any = "once", **more: Any) -> Any:

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 from fake import FakeModel
+from servers import SECONDS, Running
 
-from conftest import SECONDS, Running
 from dgemma.protocol.body import MAX_DEPTH
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -14,8 +14,8 @@ from typing import Any
 import openai
 import pytest
 from fake import FakeModel
+from servers import SECONDS, Running, until
 
-from conftest import SECONDS, Running, until
 from dgemma.events import Commit, Draft, Finish, Result, Stats
 from dgemma.protocol import ApiError
 from dgemma.server.job import MOST_DRAFTS, Job

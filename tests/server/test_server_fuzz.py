@@ -17,8 +17,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+from servers import Running
 
-from conftest import Running
 from dgemma.server.app import create_app
 from dgemma.server.service import Service
 from dgemma.server.settings import ServerSettings

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake import FakeModel
-
-from conftest import SECONDS, Running
+from servers import SECONDS, Running
 
 FOLDER = Path(__file__).with_name("npm")
 

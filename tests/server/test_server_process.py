@@ -17,8 +17,8 @@ import httpx
 import openai
 import pytest
 from click.testing import CliRunner
+from servers import SECONDS, until
 
-from conftest import SECONDS, until
 from dgemma.cli.app import app
 
 FAKE = str(Path(__file__).with_name("fake.py"))

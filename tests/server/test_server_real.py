@@ -9,9 +9,9 @@ from typing import Any
 
 import openai
 import pytest
+from servers import Running, launch, until
 
 import dgemma
-from conftest import Running, launch, until
 
 QUESTION = "What is 12 + 30?"
 HELLO: list[Any] = [{"role": "user", "content": QUESTION}]

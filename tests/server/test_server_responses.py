@@ -8,8 +8,8 @@ from typing import Any
 
 import openai
 import pytest
+from servers import Running
 
-from conftest import Running
 from dgemma.protocol import ApiError
 from dgemma.server.store import Store
 

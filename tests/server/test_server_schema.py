@@ -14,8 +14,8 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
+from servers import Running
 
-from conftest import Running
 from dgemma.params import SamplingParams
 from dgemma.protocol.chat_schema import ChatRequest
 from dgemma.protocol.completions_schema import CompletionRequest

@@ -13,8 +13,8 @@ import openai
 import pytest
 from fake import FakeModel
 from prometheus_client.parser import text_string_to_metric_families
+from servers import SECONDS, Running, until
 
-from conftest import SECONDS, Running, until
 from dgemma.server.logs import JsonLines
 from dgemma.server.run import Server, listen
 from dgemma.server.service import Service

@@ -253,3 +253,18 @@ def test_a_page_with_no_users_cannot_be_released() -> None:
     pool.release(page)
     with pytest.raises(AssertionError, match="released twice"):
         pool.release(page)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pages_that_nobody_may_find_are_used_again(known: bool) -> None:
+    """One sequence after another touches as many pages as one of them needs; otherwise all are touched in the end."""
+    pages = Pages(size=2, window=100, full=40, sliding=40)
+    touched: set[int] = set()
+    for turn in range(10):
+        table = Table(pages, known=known)
+        table.reserve(8)
+        touched.update(table.full)
+        table.advance([turn] * 9, 8)
+        table.release()
+    assert len(touched) == (40 if known else 4)
+    assert pages.full.available == 40

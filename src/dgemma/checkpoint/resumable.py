@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapacityError, CheckpointError
-from .files import INDEX, SINGLE
-from .writer import Block, explained, make_header, size_of
+from .files import INDEX
+from .writer import Block, explained, index_of, make_header, shard_names, size_of, split
 
 Measured = dict[str, dict[str, float]]  # sums by kind of weight
 
@@ -70,7 +70,7 @@ class Resumable:
         self.destination = Path(os.path.abspath(destination))
         self.partial = self.destination.with_name(self.destination.name + ".partial")
         self.notes = self.destination.with_name(self.destination.name + ".partial.json")
-        self.shards = _split(items, max_shard_bytes)
+        self.shards = split(items, max_shard_bytes)
         self._settings = json.loads(json.dumps(settings | {"max_shard_bytes": max_shard_bytes}))
         if self.destination.exists() and (not self.destination.is_dir() or any(self.destination.iterdir())):
             raise CheckpointError(f"{destination}: exists; name a directory that does not")
@@ -95,7 +95,7 @@ class Resumable:
             self.partial.mkdir(exist_ok=True)
             for left in self.partial.glob("*.tmp"):
                 left.unlink()
-        names = self._names()
+        names = shard_names(len(self.shards))
         missing = [number for number, name in enumerate(names) if name not in self._done]
         self._check_room(sum(item.nbytes for number in missing for item in self.shards[number]))
         total = self.nbytes
@@ -118,13 +118,12 @@ class Resumable:
 
     def finish(self, files: dict[str, bytes]) -> None:
         """Adds the index and the small files, and gives the directory its name."""
-        names = self._names()
+        names = shard_names(len(self.shards))
         if len(names) > 1:
             where = {
                 name: file for file, shard in zip(names, self.shards, strict=True) for i in shard for name in i.headers
             }
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(where.items()))}
-            files = {INDEX: (json.dumps(index, indent=2) + "\n").encode(), **files}
+            files = {INDEX: (json.dumps(index_of(where, self.nbytes), indent=2) + "\n").encode(), **files}
         for name, content in files.items():
             with explained(self.partial / name), (self.partial / name).open("wb") as file:
                 file.write(content)
@@ -136,10 +135,6 @@ class Resumable:
             os.replace(self.partial, self.destination)
         with contextlib.suppress(OSError):
             self.notes.unlink()
-
-    def _names(self) -> list[str]:
-        count = len(self.shards)
-        return [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
     def _check_room(self, needed: int) -> None:
         with explained(self.partial):
@@ -162,7 +157,9 @@ class Resumable:
             raise CheckpointError(
                 f"{self.partial}: is of a run with other settings or another source; remove it to start anew"
             )
-        sizes = {name: _file_size(shard) for name, shard in zip(self._names(), self.shards, strict=True)}
+        sizes = {
+            name: _file_size(shard) for name, shard in zip(shard_names(len(self.shards)), self.shards, strict=True)
+        }
         return {
             name: measured
             for name, measured in done.items()
@@ -174,18 +171,6 @@ class Resumable:
         with explained(self.notes):
             aside.write_text(json.dumps({"settings": self._settings, "done": self._done}), encoding="utf-8")
             os.replace(aside, self.notes)
-
-
-def _split(items: list[Item], limit: float) -> list[list[Item]]:
-    shards: list[list[Item]] = [[]]
-    size = 0
-    for item in items:
-        if shards[-1] and size + item.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(item)
-        size += item.nbytes
-    return shards
 
 
 def _headers(items: list[Item]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -11,12 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from ..errors import CheckpointError
 from .files import BITS, INDEX, SINGLE, Entry, read_blocks
 
 Block = bytes | memoryview
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=_Sized)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,24 +155,36 @@ class Staging:
 
 def stage_weights(staging: Staging, tensors: Sequence[Outgoing], max_shard_bytes: float) -> None:
     """Stages one `model.safetensors`, or shards of at most that size (a larger tensor has its own) and their index."""
-    shards: list[list[Outgoing]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        staging.write_tensors(SINGLE, shards[0])
-        return
+    shards = split(tensors, max_shard_bytes)
     where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
         staging.write_tensors(name, shard)
         where |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.nbytes for tensor in tensors)
-    staging.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    if len(shards) > 1:
+        staging.write_json(INDEX, index_of(where, sum(tensor.nbytes for tensor in tensors)))
+
+
+def split(items: Sequence[Sized], limit: float) -> list[list[Sized]]:
+    """Neighbours together, as many as fit `limit` bytes; a larger one is alone."""
+    shards: list[list[Sized]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names of so many shards."""
+    return [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+
+
+def index_of(where: dict[str, str], total: int) -> dict[str, Any]:
+    """The content of the index: the file of each tensor, and all their bytes."""
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from ..kernels.wish import Wish
 from ..params import GenerationConfig, SamplingParams
 from .draws import Draws
 from .policy import Policy, Stability
-from .sampling import accept, entropy, keep_likely, refuse, temperature, through_end
+from .sampling import accept, entropy, keep_likely, temperature, through_end
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,13 @@ class Canvas:
 
     def process(self, scores: Tensor, first: int = 0) -> Tensor:
         """The network's scores [B, n, V] of the positions from `first` on -> what the next token is drawn from."""
-        return process(scores, self.params, self._heat, self.ends, max(0, self._barred - first))
+        return process(scores, self.params, self._wish.after(first))
 
     @property
     def wish(self) -> Wish | None:
         """What `process` does, for kernels that do it themselves; None where it also looks for the likeliest words."""
         params = self.params
-        if params.top_k or params.top_p < 1 or params.min_p > 0:
-            return None
-        return Wish(
-            heat=float(self._heat * (params.temperature or 1.0)),
-            bias=tuple(dict(params.logit_bias or {}).items()),
-            ends=tuple(self.ends.tolist()),
-            barred=self._barred,
-        )
+        return None if params.top_k or params.top_p < 1 or params.min_p > 0 else self._wish
 
     @property
     def likeliest(self) -> Tensor | None:
@@ -100,15 +94,13 @@ class Canvas:
         return self._argmax if self.number else None
 
     @property
-    def _heat(self) -> Tensor:
+    def _wish(self) -> Wish:
         settings = self.settings
         step = settings.max_denoising_steps - self.number
-        return temperature(step, settings.max_denoising_steps, settings.t_min, settings.t_max)
-
-    @property
-    def _barred(self) -> int:
-        """Positions of this canvas that may not end the answer."""
-        return max(0, min(self.tokens.shape[1], self.params.min_tokens - self.before))
+        heat = temperature(step, settings.max_denoising_steps, settings.t_min, settings.t_max)
+        # Positions of this canvas that may not end the answer.
+        barred = max(0, min(self.tokens.shape[1], self.params.min_tokens - self.before))
+        return wish_of(self.params, heat, self.ends.tolist(), barred)
 
     def believe(self, processed: Tensor) -> Belief:
         """Argmax, sample and entropy of every position, of the processed scores [B, L, V].
@@ -160,18 +152,21 @@ class Canvas:
         )
 
 
-def process(scores: Tensor, params: SamplingParams, heat: Tensor | float, ends: Tensor, barred: int) -> Tensor:
-    """Scores [B, n, V] as a request wants them: biased, tempered by `heat` and the request's own temperature, without
-    end tokens at the first `barred` positions, restricted to likely words.
+def wish_of(params: SamplingParams, heat: Tensor | float, ends: Iterable[int], barred: int) -> Wish:
+    """What a request wants of its scores: biased, tempered by `heat` and its own temperature, without the end tokens at
+    the first `barred` positions.
     """
-    if params.logit_bias:
-        biases = dict(params.logit_bias)
-        scores = scores.clone()
-        scores[..., list(biases)] += torch.tensor(list(biases.values()), dtype=scores.dtype, device=scores.device)
-    processed = scores / (heat * (params.temperature or 1.0))
-    if barred and len(ends):
-        processed = refuse(processed, ends, slice(0, barred))
-    return keep_likely(processed, params.top_k, params.top_p, params.min_p)
+    return Wish(
+        heat=float(heat * (params.temperature or 1.0)),
+        bias=tuple(dict(params.logit_bias or {}).items()),
+        ends=tuple(ends),
+        barred=barred,
+    )
+
+
+def process(scores: Tensor, params: SamplingParams, wish: Wish) -> Tensor:
+    """Scores [B, n, V] as `wish` has them, restricted to likely words."""
+    return keep_likely(wish.process(scores), params.top_k, params.top_p, params.min_p)
 
 
 def check_numbers(values: Tensor) -> None:

@@ -57,13 +57,6 @@ def through_end(tokens: Tensor, ends: Tensor) -> Tensor:
     return ~after_end(tokens, ends)
 
 
-def refuse(processed: Tensor, tokens: Tensor, places: slice) -> Tensor:
-    """Sets the scores of some tokens to -inf at some positions: used to refuse end tokens before `min_tokens`."""
-    refused = processed.clone()
-    refused[:, places].index_fill_(-1, tokens, float("-inf"))
-    return refused
-
-
 def after_end(tokens: Tensor, ends: Tensor) -> Tensor:
     """Positions behind the first end token: [B, L] -> [B, L] bool."""
     is_end = torch.isin(tokens, ends)

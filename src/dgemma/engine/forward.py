@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Canvas, CounterDraws
-from ..diffusion.canvas import check_numbers, process
+from ..diffusion.canvas import check_numbers, process, wish_of
 from ..errors import DGemmaError
 from ..events import TokenLogprob
 from ..kernels.belief import Belief, read
@@ -152,9 +152,9 @@ class Forward:
 
     def _next_token(self, row: Row, scores: Tensor) -> None:
         params, number = row.request.params, len(row.tokens)
-        ends = torch.tensor(sorted(row.ends), dtype=torch.int64, device=scores.device)
         check_numbers(scores)
-        processed = process(scores, params, 1.0, ends, int(number < params.min_tokens))
+        wish = wish_of(params, 1.0, row.ends, int(number < params.min_tokens))
+        processed = process(scores, params, wish)
         chosen = processed.argmax(dim=-1) if params.temperature == 0 else row.draws.sample(number, 0, processed)
         logprobs = [] if params.logprobs is None else logprobs_of(scores[0], chosen[0], params.logprobs)
         row.append(int(chosen), logprobs)

@@ -105,10 +105,13 @@ class Table:
     """One sequence's pages, in order; `length` tokens of it are encoded.
 
     `sliding` holds None where the window has moved on.
+
+    Args:
+        known: whether others may find its pages by what they hold; if not, they are empty again once it is done.
     """
 
-    def __init__(self, pages: Pages):
-        self.pages = pages
+    def __init__(self, pages: Pages, *, known: bool = True):
+        self.pages, self.known = pages, known
         self.length = 0
         self.full: list[int] = []
         self.sliding: list[int | None] = []
@@ -151,7 +154,7 @@ class Table:
         """
         size, before = self.pages.size, self.length // self.pages.size
         self.length += count
-        if self.length // size > before:
+        if self.known and self.length // size > before:
             for index, key in enumerate(page_keys(tokens[: self.length], size)[before:], start=before):
                 self.pages.full.name(self.full[index], key)
                 sliding = self.sliding[index]

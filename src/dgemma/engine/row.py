@@ -84,7 +84,7 @@ class Row:
 
     def enter(self, pages: Pages, *, reuse: bool) -> int:
         """Gets a table of pages -> tokens that are there already."""
-        self.table = Table(pages)
+        self.table = Table(pages, known=reuse)
         return self.table.reuse(self.history) if reuse else 0
 
     def leave(self) -> None:

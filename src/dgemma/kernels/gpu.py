@@ -122,16 +122,6 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: 
     return weighted_sum(expert_outputs(x, order, offsets, gate_up, down), weights)
 
 
-def mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """A gated feed-forward, `gate_up` [2I, H] (gate rows first) and `down` [H, I]: [..., H] -> [..., H]."""
-    flat = x.reshape(-1, x.shape[-1])
-    ones, zeros = (
-        torch.ones(len(flat), 1, device=x.device),
-        torch.zeros(len(flat), 1, dtype=torch.int64, device=x.device),
-    )
-    return experts(flat, ones, zeros, gate_up[None], down[None]).view(x.shape)
-
-
 def route(scores: Tensor, k: int, expert_scale: Tensor) -> Routing:
     """Router scores [T, E] -> each token's k experts, their weights, and the assignments sorted by expert."""
     from .triton import routing

@@ -7,6 +7,8 @@ Weights of whole numbers meet activations as they are (the CPU's kernels round t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,11 +49,19 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: 
 
     x [T, H], weights and experts [T, k], gate_up [E, 2I, H], down [E, H, I] -> [T, H] in x's dtype.
     """
-    room = torch.zeros(*experts.shape, x.shape[-1], device=x.device)
+    return mixture(x, weights, experts, lambda index, own: mlp(own, gate_up[index], down[index]))
+
+
+def mixture(x: Tensor, weights: Tensor, experts: Tensor, output: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Sum over each token's k experts of weight times `output(expert, rows)`, in float32, in the router's order."""
+    outputs = torch.zeros(*experts.shape, x.shape[-1], device=x.device)
     for index in experts.unique().tolist():
         token, choice = (experts == index).nonzero(as_tuple=True)
-        room[token, choice] = mlp(x[token], gate_up[index], down[index]).float()
-    return (room * weights[..., None]).sum(dim=1).to(x.dtype)
+        outputs[token, choice] = output(index, x[token]).float()
+    total = torch.zeros(x.shape, device=x.device)
+    for choice in range(experts.shape[1]):
+        total = total + outputs[:, choice] * weights[:, choice, None]
+    return total.to(x.dtype)
 
 
 def mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quant import Quantized
-from . import belief
+from . import belief, plain
 from .belief import Belief
 from .wish import Wish
 
@@ -86,14 +86,7 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Quantized, dow
 
     x [T, H], weights and experts [T, k], gate_up [E, 2I, H], down [E, H, I] -> [T, H] in x's dtype.
     """
-    outputs = torch.zeros(*experts.shape, x.shape[-1])
-    for index in experts.unique().tolist():
-        token, choice = (experts == index).nonzero(as_tuple=True)
-        outputs[token, choice] = mlp(x[token].float(), gate_up[index], down[index])
-    total = torch.zeros(x.shape)
-    for choice in range(experts.shape[1]):
-        total = total + outputs[:, choice] * weights[:, choice, None]
-    return total.to(x.dtype)
+    return plain.mixture(x, weights, experts, lambda index, own: mlp(own.float(), gate_up[index], down[index]))
 
 
 def read(scores: Tensor, wish: Wish, uniform: Tensor | None) -> tuple[Belief, Tensor, Tensor]:

@@ -30,16 +30,16 @@ class Wish:
     barred: int = 0
 
     def process(self, scores: Tensor) -> Tensor:
-        """Raw scores [n, V] float32 -> processed ones."""
+        """Raw scores [..., n, V] float32 -> processed ones, in memory of their own."""
         if self.cap is not None:
             scores = torch.tanh(scores / self.cap) * self.cap
         if self.bias:
             words, values = zip(*self.bias, strict=True)
             scores = scores.clone()
-            scores[:, list(words)] += torch.tensor(values)
-        scores = scores / torch.tensor(self.heat)
+            scores[..., list(words)] += torch.tensor(values, device=scores.device)
+        scores = scores / torch.tensor(self.heat, device=scores.device)
         if self.barred and self.ends:
-            scores[: self.barred, list(self.ends)] = float("-inf")
+            scores[..., : self.barred, list(self.ends)] = float("-inf")
         return scores
 
     def after(self, first: int) -> Wish:
