@@ -1,4 +1,4 @@
-"""The vocabulary step and the reading of scores: against formulas in float64 and against the twin that the sampler uses."""
+"""The vocabulary step and the reading of scores: against formulas in float64 and the twin that the sampler uses."""
 
 from __future__ import annotations
 
