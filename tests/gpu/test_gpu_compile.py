@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from dgemma.kernels.triton import attention, experts, layer, linear, routing, tiles, vocabulary
+from dgemma.kernels.triton import attention, draws, experts, layer, linear, routing, tiles, vocabulary
 
 KINDS = {
     "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms scalars expert_scale",
@@ -74,7 +74,11 @@ def rest(form):
     t = tiles.Tile(rows=1, columns=1, warps=8)
     build(routing._route_kernel, t, {"BT": 16, "PADDED": 128, "PROGRAMS": 16, "SPOTS": 1024},
           weights="*fp32", experts="*i64")
-    build(layer._heads_kernel, t, {"PAGE": 256, "HALF": 256})
+    for half, kv in ((256, 2), (128, 8)):
+        build(layer._heads_kernel, t, {"PAGE": 256, "HALF": half, "HEADS": 16, "KV_HEADS": kv})
+    build(layer._gate_kernel, t, {"BLOCK": 1024})
+    build(draws._draws_kernel, t, {"WIDTH": 256}, seeds="*i64", canvases="*i64", steps="*i64", noise="*i64",
+          words="i32", length="i32")
     build(layer._enter_kernel, t, {"ADD": True, "COUNT": 3, "WIDTH": 4096})
     build(layer._leave_kernel, t, {"NEXT": True, "WIDTH": 4096}, weights="*fp32")
     build(experts._sum_kernel, t, {"BN": 1024}, weights="*fp32")

@@ -176,4 +176,9 @@ def check_numbers(values: Tensor) -> None:
         RequestError: a value is NaN or infinite.
     """
     if not torch.isfinite(values).all():
-        raise RequestError("the network's scores are not numbers (NaN or infinite); is the checkpoint sound?")
+        raise not_numbers()
+
+
+def not_numbers() -> RequestError:
+    """What a request fails with whose scores are NaN or infinite."""
+    return RequestError("the network's scores are not numbers (NaN or infinite); is the checkpoint sound?")

@@ -53,11 +53,14 @@ def keep_likely(processed: Tensor, top_k: int | None, top_p: float, min_p: float
 
 
 def through_end(tokens: Tensor, ends: Tensor) -> Tensor:
-    """Positions up to the first end token, that one included; all where there is none: [B, L] -> [B, L] bool."""
+    """Positions up to the first end token, that one included; all where there is none: [B, L] -> [B, L] bool.
+
+    `ends`: [E], or each row's own [B, E], filled up with -1.
+    """
     return ~after_end(tokens, ends)
 
 
 def after_end(tokens: Tensor, ends: Tensor) -> Tensor:
     """Positions behind the first end token: [B, L] -> [B, L] bool."""
-    is_end = torch.isin(tokens, ends)
+    is_end = torch.isin(tokens, ends) if ends.dim() == 1 else (tokens[..., None] == ends[:, None]).any(dim=-1)
     return is_end.cumsum(dim=-1) - is_end.long() > 0

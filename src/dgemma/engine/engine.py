@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import CapacityError, Draining, QueueFull
+from ..errors import CapacityError, ConfigError, Draining, QueueFull
+from ..kernels.gpu import missing
 from ..memory import machine_memory, peak_memory_bytes
 from ..model import Network
 from ..text import Tokenizer
@@ -38,7 +39,7 @@ class Engine:
         context = network.config.max_position_embeddings
         self.limit = min(settings.max_model_len or context, context)
         self.pages = _plan_cache(network, settings, self.limit)
-        self._forward = Forward(network, self.pages)
+        self._forward = _forward(network, self.pages, settings, self.limit)
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
         self._cancelled: list[Ticket] = []
@@ -278,6 +279,25 @@ class Engine:
             self._tokens += work.given
 
 
+def _forward(network: Network, pages: Pages, settings: EngineSettings, limit: int) -> Forward:
+    """What does the steps: kernels for a GPU, or torch.
+
+    Raises:
+        ConfigError: "triton" is wanted, and cannot be had.
+    """
+    if settings.kernels == "torch" or (settings.kernels == "auto" and network.device.type != "cuda"):
+        return Forward(network, pages)
+    lack = missing(network)
+    if lack is None:
+        from .card import CardForward  # loads Triton
+
+        return CardForward(network, pages, canvases=settings.max_batch, limit=limit)
+    if settings.kernels == "triton":
+        raise ConfigError(f"kernels: 'triton' cannot be had: {lack}")
+    log.warning("no kernels for this GPU, the slower way of torch is taken: %s", lack)
+    return Forward(network, pages)
+
+
 def _plan_cache(network: Network, settings: EngineSettings, limit: int) -> Pages:
     """Pages for `max_batch` requests of full length, or for as many as a share of the free memory holds; at least one.
 
@@ -299,14 +319,16 @@ def _plan_cache(network: Network, settings: EngineSettings, limit: int) -> Pages
         full = settings.cache_tokens // size
         return Pages(size=size, window=config.sliding_window, full=full, sliding=min(full, rows * sliding))
     each = full * per_full + sliding * per_sliding
-    rows = max(1, min(settings.max_batch, _memory(network) // each))
+    rows = max(1, min(settings.max_batch, _memory(network, settings) // each))
     return Pages(size=size, window=config.sliding_window, full=rows * full, sliding=rows * sliding)
 
 
-def _memory(network: Network) -> int:
+def _memory(network: Network, settings: EngineSettings) -> int:
     """Bytes that the cache may take."""
     if network.device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(network.device)[0])
+        config = network.config
+        scores = settings.max_batch * config.canvas_length * config.vocab_size * network.dtype.itemsize
+        return max(0, int(0.9 * torch.cuda.mem_get_info(network.device)[0]) - scores)
     return int(MEMORY_SHARE * (machine_memory() or 0))
 
 

@@ -66,15 +66,15 @@ class Forward:
         network, device = self.network, self.network.device
         encoding = [work for work in works if work.encode]
         denoising = [(work, work.row.look()) for work in works if work.denoise]
-        segments = [_encoding(work) for work in encoding]
+        segments = [encoding_of(work) for work in encoding]
         inputs: list[Tensor] = []
         if encoding:
-            fresh = [token for work in encoding for token in _fresh(work)]
+            fresh = [token for work in encoding for token in fresh_of(work)]
             inputs.append(network.embed(torch.tensor([fresh], device=device)))
         if denoising:
             for work, canvas in denoising:
                 work.denoised = canvas.tokens.shape[1]
-                segments.append(Segment(_table(work.row), len(work.row.history), work.denoised, Mode.DENOISE))
+                segments.append(Segment(table_of(work.row), len(work.row.history), work.denoised, Mode.DENOISE))
             tokens = torch.cat([canvas.tokens.to(device) for _, canvas in denoising], dim=1)
             soft = torch.cat([self._soft(work.row, canvas) for work, canvas in denoising], dim=1)
             inputs.append(network.self_conditioning.condition(network.embed(tokens), soft))
@@ -86,7 +86,7 @@ class Forward:
         for work, own in zip(encoding, hidden, strict=False):
             try:
                 check_numbers(own)  # sound at the end: sound in every layer's keys and values, which others may reuse
-                _table(work.row).advance(work.row.history, work.encode)
+                table_of(work.row).advance(work.row.history, work.encode)
             except DGemmaError as error:
                 failed.append((work.row, error))
         broken = {id(row) for row, _ in failed}
@@ -100,7 +100,7 @@ class Forward:
                 failed.append((work.row, error))
             work.given = len(work.row.tokens) - before
         self._next_tokens(
-            [(work, own[0, -1]) for work, own in zip(encoding, hidden, strict=False) if _is_next(work)], failed
+            [(work, own[0, -1]) for work, own in zip(encoding, hidden, strict=False) if is_next(work)], failed
         )
         return failed
 
@@ -128,12 +128,13 @@ class Forward:
         for first in range(0, length, self.tile):
             part = slice(first, first + self.tile)
             scores = self.network.logits(hidden[:, part])
-            belief, weights, total = read(canvas.process(scores, first), None if uniform is None else uniform[:, part])
-            beliefs.append(belief)
+            own = None if uniform is None else uniform[:, part].to(device)
+            belief, weights, total = read(canvas.process(scores, first), own)
+            beliefs.append(Belief(*(values.cpu() for values in belief)))
             soft.append((self.network.blend(weights) / total).to(self.network.dtype))
             if top is not None:
                 pins = canvas.pins[0, part]
-                logprobs += logprobs_of(scores[0], torch.where(pins >= 0, pins, belief.argmax[0]), top)
+                logprobs += logprobs_of(scores[0], torch.where(pins >= 0, pins, beliefs[-1].argmax[0]).to(device), top)
         fields = (torch.cat(parts, dim=1) for parts in zip(*beliefs, strict=True))
         return Belief(*fields), torch.cat(soft, dim=1), logprobs
 
@@ -154,27 +155,30 @@ class Forward:
         params, number = row.request.params, len(row.tokens)
         check_numbers(scores)
         wish = wish_of(params, 1.0, row.ends, int(number < params.min_tokens))
-        processed = process(scores, params, wish)
+        processed = process(scores, params, wish).cpu()
         chosen = processed.argmax(dim=-1) if params.temperature == 0 else row.draws.sample(number, 0, processed)
         logprobs = [] if params.logprobs is None else logprobs_of(scores[0], chosen[0], params.logprobs)
         row.append(int(chosen), logprobs)
 
 
-def _table(row: Row) -> Table:
+def table_of(row: Row) -> Table:
+    """The pages of a request in the batch."""
     assert row.table is not None
     return row.table
 
 
-def _fresh(work: Work) -> list[int]:
-    start = _table(work.row).length
+def fresh_of(work: Work) -> list[int]:
+    """The tokens that a request's work encodes."""
+    start = table_of(work.row).length
     return work.row.history[start : start + work.encode]
 
 
-def _encoding(work: Work) -> Segment:
-    table = _table(work.row)
+def encoding_of(work: Work) -> Segment:
+    """Where they go."""
+    table = table_of(work.row)
     return Segment(table, table.length, work.encode, Mode.ENCODE)
 
 
-def _is_next(work: Work) -> bool:
+def is_next(work: Work) -> bool:
     """Whether an autoregressive request has all of its sequence encoded by this step."""
     return not work.row.diffusion and work.row.pending == 0

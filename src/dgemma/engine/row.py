@@ -124,16 +124,21 @@ class Row:
 
     def settle(self, belief: Belief, soft: Tensor, logprobs: Sequence[TokenLogprob]) -> None:
         """One denoising step: what the network believes of the canvas, and what that means for the user."""
+        assert self.canvas is not None
+        step = self.canvas.update(belief)
+        self.soft = soft
+        self.follow(step, self.canvas.over, logprobs)
+
+    def follow(self, step: Step, over: bool, logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """What a step that was done, here or elsewhere, means for the user; `over`: it was the canvas's last."""
         canvas = self.canvas
         assert canvas is not None
-        step = canvas.update(belief)
-        self.soft = soft
         self.steps_per_canvas[-1] = step.number
         committed = step.committed[0].tolist()
         committed[: len(self._sent)] = self._sent
         if self.request.drafts:
             self.ticket.put(self._draft(step, committed))
-        if canvas.over:
+        if over:
             kept, ended = self._until_end(committed)
             self.history += committed
             first, index = len(self._sent), len(self.steps_per_canvas) - 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from ..errors import ConfigError
 
 MEMORY_SHARE = 0.2  # of a machine's memory: what the cache takes at most by itself
+KERNELS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class EngineSettings:
         cache_tokens: tokens that the cache holds in full layers; None for what `max_batch` requests of full length
             need, as far as a fifth of the machine's memory goes (nine tenths of what a GPU has free).
         prefix_reuse: whether what is encoded once is used again for requests that begin the same.
+        kernels: "auto": on a GPU those for it if they take all of the network's weights, with canvases that stay on
+            the card; "triton": those, or an error (with Triton's interpreter also on a CPU); "torch": none of them.
 
     Raises:
         ConfigError: a value is out of range; the message names the field.
@@ -34,11 +37,14 @@ class EngineSettings:
     page_size: int = 256
     cache_tokens: int | None = None
     prefix_reuse: bool = True
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels: {self.kernels!r} is not one of {', '.join(KERNELS)}")
         for own in fields(self):
             value, optional = getattr(self, own.name), own.name in ("max_model_len", "cache_tokens")
-            if own.name == "prefix_reuse" or (value is None and optional):
+            if own.name in ("prefix_reuse", "kernels") or (value is None and optional):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{own.name}: {value!r} is not a whole number of at least 1")

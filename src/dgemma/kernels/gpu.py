@@ -1,7 +1,7 @@
-"""The operations on a GPU: the same names and contracts as in `cpu`, and attention, routing and what lies between.
+"""The operations on a GPU that more than one thing can run: the same names and contracts as in `cpu`.
 
 Each call runs a Triton kernel, a library's, or plain torch (`plain`, `reference`); `choose` says which and why. Nothing
-here loads Triton before a kernel of it runs.
+here loads Triton before a kernel of it runs. Attention, routing and what lies between have kernels alone, in `triton`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,9 @@ from torch import Tensor
 from ..quant import Quantized
 from . import plain, reference
 from .cpu import TOLERANCE, Look
+from .packed import Packed
 from .plain import Weight
 from .wish import Wish
-
-if TYPE_CHECKING:
-    from .triton.attention import Plan
-    from .triton.routing import Routing
 
 TRITON, LIBRARY, PLAIN = "triton", "library", "plain"
 
@@ -46,8 +43,6 @@ CHOICES = {
     ("experts", "fp8"): Choice(TRITON, "fuses gate, up, GELU and rounding; not yet measured"),
     ("experts", "int8"): Choice(TRITON, "torch has none; not yet measured"),
     ("experts", "int4"): Choice(TRITON, "torch has none; not yet measured"),
-    ("route", "float"): Choice(TRITON, "one launch for about seven; not yet measured"),
-    ("attend", "float"): Choice(TRITON, "reads pages where they lie; not yet measured"),
     ("vocabulary", "float"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
     ("vocabulary", "fp8"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
     ("vocabulary", "int8"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
@@ -75,6 +70,20 @@ def choose(operation: str, weight: Weight | None = None) -> Choice:
     return choice
 
 
+def missing(network: torch.nn.Module) -> str | None:
+    """Why the kernels cannot run a whole network; None if they can."""
+    if not available():
+        return "there is no Triton, or nothing to run it on"
+    for path, module in network.named_modules():
+        for name, weight in {**module._parameters, **vars(module)}.items():
+            if not isinstance(weight, Tensor | Quantized | Packed) or len(weight.shape) < 2:
+                continue
+            operation = "vocabulary" if "embed" in path else "experts" if len(weight.shape) == 3 else "linear"
+            if isinstance(weight, Packed) or choose(operation, weight).way == PLAIN:
+                return f"no kernel takes {path}.{name} as it is held"
+    return None
+
+
 def form_of(weight: Weight | None) -> str:
     """ "float", "fp8", "int8" or "int4"."""
     if not isinstance(weight, Quantized):
@@ -84,20 +93,29 @@ def form_of(weight: Weight | None) -> str:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. FP8 weights meet x in FP8, rounded row by row."""
-    way = choose("linear", weight).way
-    if way == TRITON:
-        from .triton import linear as kernels
+    return linears(x, weight)[0]
 
-        return kernels.linear(x, weight)
-    flat = x.reshape(-1, x.shape[-1])
-    if way == LIBRARY and isinstance(weight, Quantized) and len(flat):
-        values, scales = plain.fp8_rows(flat)
-        out = torch._scaled_mm(
-            values, weight.data.mT, scale_a=scales, scale_b=weight.scales.mT, out_dtype=torch.bfloat16
-        ).to(x.dtype)
-    else:
-        out = plain.linear(flat, weight)
-    return out.view(*x.shape[:-1], weight.shape[-2])
+
+def linears(x: Tensor, *weights: Weight) -> list[Tensor]:
+    """`linear` with several weights; what all of one form need of x (rounding, another order) is done once."""
+    flat, made, found = x.reshape(-1, x.shape[-1]), dict[tuple[str, int | None], tuple[Tensor, Tensor]](), []
+    for weight in weights:
+        way, key = choose("linear", weight).way, (form_of(weight), getattr(weight, "group", None))
+        if way == PLAIN or (key[0] == "float" and way == LIBRARY) or not len(flat):
+            out = plain.linear(flat, weight)
+        else:
+            from .triton import linear as kernels
+
+            if key not in made:
+                made[key] = kernels.activations(flat, kernels.operand(weight))
+            if way == TRITON:
+                out = kernels.linear(flat, weight, ready=made[key])
+            else:
+                assert isinstance(weight, Quantized)
+                (values, rows), wide = made[key], weight.scales.mT
+                out = torch._scaled_mm(values, weight.data.mT, scale_a=rows, scale_b=wide, out_dtype=torch.bfloat16)
+        found.append(out.to(x.dtype).view(*x.shape[:-1], weight.shape[-2]))
+    return found
 
 
 def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -120,20 +138,6 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: 
 
     order, offsets = plain.group(experts, gate_up.shape[0])
     return weighted_sum(expert_outputs(x, order, offsets, gate_up, down), weights)
-
-
-def route(scores: Tensor, k: int, expert_scale: Tensor) -> Routing:
-    """Router scores [T, E] -> each token's k experts, their weights, and the assignments sorted by expert."""
-    from .triton import routing
-
-    return routing.route(scores, k, expert_scale)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, pool_keys: Tensor, pool_values: Tensor, plan: Plan) -> Tensor:
-    """Attention of many requests over pages, as `triton.attention.plan` laid it out: [T, heads, D] -> [T, heads, D]."""
-    from .triton import attention
-
-    return attention.attend(queries, keys, values, pool_keys, pool_values, plan)
 
 
 def vocabulary(

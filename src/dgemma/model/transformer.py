@@ -86,7 +86,7 @@ class Network(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows of the table times sqrt(H): [B, S] -> [B, S, H]."""
-        return lookup(tokens, self.embed_tokens.weight, self.dtype) * self._embedding_scale()
+        return lookup(tokens, self.embed_tokens.weight, self.dtype) * self.embedding_scale()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head, soft-capped: [..., H] -> [..., V] float32."""
@@ -101,7 +101,7 @@ class Network(nn.Module):
         wish = replace(wish, cap=self.config.final_logit_softcapping)
         look = cpu.vocabulary(hidden, self.embed_tokens.weight, wish, uniform=uniform, hint=hint, product=linear)
         assert look.soft is not None
-        return look._replace(soft=look.soft.to(self.dtype) * self._embedding_scale())
+        return look._replace(soft=look.soft.to(self.dtype) * self.embedding_scale())
 
     def soft_embeddings(self, processed_logits: Tensor) -> Tensor:
         """`softmax(processed) @ table * sqrt(H)`: [B, L, V] -> [B, L, H], the next step's self-conditioning.
@@ -112,11 +112,11 @@ class Network(nn.Module):
 
     def blend(self, weights: Tensor) -> Tensor:
         """`weights @ table * sqrt(H)`: [..., V] -> [..., H]."""
-        return combine(weights.to(self.dtype), self.embed_tokens.weight) * self._embedding_scale()
+        return combine(weights.to(self.dtype), self.embed_tokens.weight) * self.embedding_scale()
 
-    def _embedding_scale(self) -> Tensor:
-        """sqrt(H), rounded to the table's dtype first."""
-        return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
+    def embedding_scale(self) -> Tensor:
+        """sqrt(H), rounded to the table's dtype first; made where the weights are, so that a graph can hold it."""
+        return torch.full((), self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
 
     def _checked(self, tokens: Tensor, cache: Cache) -> int:
         assert tokens.ndim == 2 and tokens.shape[0] == cache.batch, f"tokens {tuple(tokens.shape)}, batch {cache.batch}"

@@ -16,7 +16,7 @@ second launch merges them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -47,6 +47,11 @@ class Plan:
     block: int
     splits: int
 
+    def to(self, device: torch.device) -> Plan:
+        """The same on a device."""
+        segments, blocks, pages = (t.to(device, non_blocking=True) for t in (self.segments, self.blocks, self.pages))
+        return replace(self, segments=segments, blocks=blocks, pages=pages)
+
 
 def plan(
     segments: Sequence[tuple[int, int, bool]],
@@ -58,6 +63,8 @@ def plan(
     window: int | None,
     device: torch.device | str,
     splits: int | None = None,
+    pitch: int | None = None,
+    columns: int = 1,
 ) -> Plan:
     """Lays a forward out.
 
@@ -65,19 +72,22 @@ def plan(
         segments: (position of the first token, how many, whether they are encoded), in the order of the rows.
         pages: of each segment's request in this kind of layer.
         group: query heads to a key head.
-        splits: parts to split keys in; None: as many as give each multiprocessor of a card something to do.
+        splits: parts to split keys in; None: a power of two of them, to give each multiprocessor of a card something.
+        pitch: rows that each segment has, its tokens first; None: as many as tokens.
+        columns: pages that there is room for at least.
     """
     block = max(1, tiles.attention(head_dim).rows // power(group))
     rows, blocks, first = [], [], 0
     for number, (start, length, encoded) in enumerate(segments):
         rows.append((first, length, start, int(encoded)))
-        blocks += [(number, part) for part in range(-(-length // block))]
-        first += length
+        for part in range(-(-(pitch or length) // block)):
+            blocks.append((number, part) if part * block < length else (-1, 0))
+        first += pitch or length
     if splits is None:
         longest = max(min(start, window or start) + length for start, length, _ in segments)
         programs = len(blocks) * kv_heads
-        splits = max(1, min(tiles.PROGRAMS // programs, longest // tiles.LEAST_KEYS))
-    most = max(1, *(len(own) for own in pages))
+        splits = 1 << max(1, min(tiles.PROGRAMS // programs, longest // tiles.LEAST_KEYS)).bit_length() - 1
+    most = max(columns, *(len(own) for own in pages))
     table = [[0 if page is None else page for page in own] + [0] * (most - len(own)) for own in pages]
     return Plan(
         segments=torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True),

@@ -1,4 +1,4 @@
-"""Everything of a layer that is neither a product nor attention, in three launches: norms, residuals, rotary.
+"""Everything of a layer that is neither a product nor attention, in four launches: norms, residuals, rotary, gate.
 
 All is computed in float32 and rounded where it is written; the network itself rounds after each norm.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import narrow, power
+from .common import gelu, narrow, power
 
 
 @triton.jit
@@ -22,48 +22,59 @@ def _scale(x, H, eps):
 
 
 @triton.jit
+def _turned(source, weight, cos, sin, heads, D, eps, PADDED: tl.constexpr, HALF: tl.constexpr):
+    """A token's queries or keys, normalised and turned in pairs (i, i + D / 2): both halves [PADDED, HALF], their
+    places and which of them exist."""
+    lanes, half = tl.arange(0, HALF)[None, :], D // 2
+    rows = tl.arange(0, PADDED)[:, None]
+    inside = (rows < heads) & (lanes < half)
+    there = rows * D + lanes
+    first = tl.load(source + there, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half + there, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
+    first = first * scale * tl.load(weight + lanes, mask=lanes < half, other=0.0).to(tl.float32)
+    second = second * scale * tl.load(weight + half + lanes, mask=lanes < half, other=0.0).to(tl.float32)
+    c = tl.load(cos + lanes, mask=lanes < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + lanes, mask=lanes < half, other=0.0).to(tl.float32)
+    return first * c - second * s, second * c + first * s, there, inside
+
+
+@triton.jit
 def _heads_kernel(
     queries, keys, values, query_weight, key_weight, cos, sin, slots, pool_keys, pool_values, out_queries, out_keys,
-    out_values, heads, kv_heads, D, eps, PAGE: tl.constexpr, HALF: tl.constexpr,
+    out_values, heads, kv_heads, D, eps,
+    PAGE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lanes = tl.arange(0, HALF)
-    half = D // 2
-    inside = lanes < half
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
-    if head < heads + kv_heads:  # a query or a key: norm, then turned in pairs (i, i + D / 2)
-        is_query = head < heads
-        source = queries + (token * heads + head) * D
-        target = out_queries + (token * heads + head) * D
-        weight = query_weight
-        if not is_query:
-            source = keys + (token * kv_heads + head - heads) * D
-            target = out_keys + (token * kv_heads + head - heads) * D
-            weight = key_weight
-        first = tl.load(source + lanes, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + half + lanes, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D + eps)
-        first = first * scale * tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
-        second = second * scale * tl.load(weight + half + lanes, mask=inside, other=0.0).to(tl.float32)
-        c = tl.load(cos + token * D + lanes, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * D + lanes, mask=inside, other=0.0).to(tl.float32)
-        low = narrow(first * c - second * s, out_queries.dtype.element_ty)
-        high = narrow(second * c + first * s, out_queries.dtype.element_ty)
-        tl.store(target + lanes, low, mask=inside)
-        tl.store(target + half + lanes, high, mask=inside)
-        if (not is_query) & (slot >= 0):
-            place = pool_keys + ((slot // PAGE * kv_heads + head - heads) * PAGE + slot % PAGE) * D
-            tl.store(place + lanes, low, mask=inside)
-            tl.store(place + half + lanes, high, mask=inside)
+    rows = tl.arange(0, KV_HEADS)[:, None]
+    page = (slot // PAGE * kv_heads * PAGE + slot % PAGE) * D  # of the first head; the next is PAGE * D further
+    if part == 0:
+        low, high, there, inside = _turned(
+            queries + token * heads * D, query_weight, cos + token * D, sin + token * D, heads, D, eps, HEADS, HALF
+        )
+        target = out_queries + token * heads * D + there
+        tl.store(target, narrow(low, out_queries.dtype.element_ty), mask=inside)
+        tl.store(target + D // 2, narrow(high, out_queries.dtype.element_ty), mask=inside)
+    elif part == 1:
+        key_low, key_high, key_there, key_inside = _turned(
+            keys + token * kv_heads * D, key_weight, cos + token * D, sin + token * D, kv_heads, D, eps, KV_HEADS, HALF
+        )
+        key_low, key_high = narrow(key_low, out_keys.dtype.element_ty), narrow(key_high, out_keys.dtype.element_ty)
+        key_target = out_keys + token * kv_heads * D + key_there
+        tl.store(key_target, key_low, mask=key_inside)
+        tl.store(key_target + D // 2, key_high, mask=key_inside)
+        key_target = pool_keys + page + rows * PAGE * D + tl.arange(0, HALF)[None, :]
+        tl.store(key_target, key_low, mask=key_inside & (slot + rows * 0 >= 0))
+        tl.store(key_target + D // 2, key_high, mask=key_inside & (slot + rows * 0 >= 0))
     else:
-        own = head - heads - kv_heads
-        both = tl.arange(0, 2 * HALF)
-        value = tl.load(values + (token * kv_heads + own) * D + both, mask=both < D, other=0.0).to(tl.float32)
-        value = narrow(value * _scale(value, D, eps), out_values.dtype.element_ty)
-        tl.store(out_values + (token * kv_heads + own) * D + both, value, mask=both < D)
-        if slot >= 0:
-            place = pool_values + ((slot // PAGE * kv_heads + own) * PAGE + slot % PAGE) * D
-            tl.store(place + both, value, mask=both < D)
+        lanes = tl.arange(0, 2 * HALF)[None, :]
+        value_inside, value_there = (rows < kv_heads) & (lanes < D), token * kv_heads * D + rows * D + lanes
+        value = tl.load(values + value_there, mask=value_inside, other=0.0).to(tl.float32)
+        value = value * tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+        value = narrow(value, out_values.dtype.element_ty)
+        tl.store(out_values + value_there, value, mask=value_inside)
+        tl.store(pool_values + page + rows * PAGE * D + lanes, value, mask=value_inside & (slot + rows * 0 >= 0))
 
 
 @triton.jit
@@ -80,7 +91,9 @@ def _enter_kernel(
         value += tl.load(residual + row + lanes, mask=inside, other=0.0).to(tl.float32)
         tl.store(h + row + lanes, narrow(value, h.dtype.element_ty), mask=inside)
     value = value * _scale(value, H, eps)
-    own = value * tl.load(one + lanes, mask=inside, other=0.0).to(tl.float32)
+    own = value
+    if COUNT:
+        own = value * tl.load(one + lanes, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_one + row + lanes, narrow(own, out_one.dtype.element_ty), mask=inside)
     if COUNT == 3:
         own = value * tl.load(two + lanes, mask=inside, other=0.0).to(tl.float32)
@@ -114,6 +127,23 @@ def _leave_kernel(
         tl.store(normed + token * H + lanes, narrow(own, normed.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _gate_kernel(gates, up, out, count, BLOCK: tl.constexpr):
+    spots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = spots < count
+    value = gelu(tl.load(gates + spots, mask=inside, other=0.0).to(tl.float32))
+    value *= tl.load(up + spots, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + spots, narrow(value, out.dtype.element_ty), mask=inside)
+
+
+def gate(gates: Tensor, up: Tensor) -> Tensor:
+    """`gelu(gates) * up`, GELU in its tanh form, rounded once: two contiguous tensors of one shape -> the same."""
+    out, count = torch.empty_like(gates), gates.numel()
+    if count:
+        _gate_kernel[(triton.cdiv(count, 1024),)](gates, up, out, count, BLOCK=1024, num_warps=4)
+    return out
+
+
 def heads(
     queries: Tensor,
     keys: Tensor,
@@ -139,20 +169,22 @@ def heads(
     kv_heads, page = pool[0].shape[1:3]
     out = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     if tokens:
-        _heads_kernel[(tokens, count + 2 * kv_heads)](
+        _heads_kernel[(tokens, 3)](
             queries, keys, values, query_weight, key_weight, *turn, slots, *pool, *out, count, kv_heads, width, eps,
-            PAGE=page, HALF=power(width // 2), num_warps=2 if width >= 256 else 1,
+            PAGE=page, HALF=power(width // 2), HEADS=power(count), KV_HEADS=power(kv_heads),
+            num_warps=8 if count * width >= 4096 else 4,
         )  # fmt: skip
     return out
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows [T, H] with a weight [H]."""
+def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of rows [T, H], with a weight [H] or without."""
     out = torch.empty_like(x)
     if len(x):
+        own = x if weight is None else weight
         _enter_kernel[(len(x),)](
-            x, x, weight, weight, weight, weight, x, out, out, out, x.shape[1], eps, 1.0,
-            ADD=False, COUNT=1, WIDTH=power(x.shape[1]), num_warps=8,
+            x, x, own, own, own, own, x, out, out, out, x.shape[1], eps, 1.0,
+            ADD=False, COUNT=0 if weight is None else 1, WIDTH=power(x.shape[1]), num_warps=8,
         )  # fmt: skip
     return out
 

@@ -53,15 +53,21 @@ def activations(x: Tensor, weight: Operand) -> tuple[Tensor, Tensor]:
     return (halves(x, weight.group), x) if weight.form == "int4" else (x, x)
 
 
-def linear(x: Tensor, weight: Tensor | Quantized, *, tile: Tile | None = None) -> Tensor:
-    """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. For weights that `common.fits`."""
+def linear(
+    x: Tensor, weight: Tensor | Quantized, *, tile: Tile | None = None, ready: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. For weights that `common.fits`.
+
+    Args:
+        ready: `activations` of x, where several weights of one form and group meet it.
+    """
     own = operand(weight)
     flat = x.reshape(-1, x.shape[-1])
     rows, (outputs, inputs) = len(flat), own.shape
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     tile = tile or product(rows, own.form, own.group, outputs)
     if rows:
-        value, scales = activations(flat, own)
+        value, scales = ready or activations(flat, own)
         grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),)
         _linear_kernel[grid](
             value, scales, own.data, own.scales, out, rows, outputs, inputs,

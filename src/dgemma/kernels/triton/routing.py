@@ -45,7 +45,9 @@ def _route_kernel(
     seen, real = tokens < T, lanes < E
     there = tokens.to(tl.int64)[:, None] * E + lanes[None, :]
     score = tl.load(scores + there, mask=seen[:, None] & real[None, :], other=float("-inf")).to(tl.float32)
-    score = tl.where(seen[:, None], score, 0.0)
+    # Rows that are not there, and a failed request's that are no numbers, go somewhere: every assignment has a place.
+    score = tl.where(seen[:, None] & (score == score) & (score != float("inf")), score, 0.0)
+    score = tl.where(real[None, :], score, float("-inf"))
     likely = tl.exp(score - tl.max(score, 1)[:, None])
     likely = likely / tl.sum(likely, 1)[:, None]
 
@@ -95,7 +97,8 @@ _tickets: dict[torch.device, Tensor] = {}
 def route(scores: Tensor, k: int, expert_scale: Tensor) -> Routing:
     """Router scores [T, E] -> the k likeliest experts of each token, renormalised and scaled.
 
-    Among equally likely experts the first is taken (torch leaves open which). Launches on one device share a counter,
+    Among equally likely experts the first is taken (torch leaves open which). A score that is no number counts as 0, so
+    that a failed request's rows disturb nobody's. Launches on one device share a counter,
     so they belong on one stream.
 
     Args:
