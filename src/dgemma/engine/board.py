@@ -109,7 +109,7 @@ class Board:
         found = look(
             hidden,
             self.network.embed_tokens.weight,
-            heats=heats[:, None].expand(rows, width).flatten(),
+            heats=heats[:, None].expand(rows, width),
             cap=config.final_logit_softcapping,
             tolerance=TOLERANCE[hidden.dtype],
             uniform=uniforms.flatten(),

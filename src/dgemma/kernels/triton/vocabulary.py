@@ -179,7 +179,7 @@ def step(
     cumulative weight is above the position's share of the total, weights within a tile of words as rounded in memory.
 
     Args:
-        heats: float32 [n], what scores are divided by.
+        heats: float32, n in all, what scores are divided by.
         cap: soft-cap; None: no cap.
         tolerance: the share of a position's weight that its blend may leave out.
         uniform: float32 [n] in [0, 1); None: the likeliest.
@@ -198,6 +198,7 @@ def step(
     found, share = Belief(argmax, sampled, entropies), torch.zeros((), device=device)
     if not n:
         return Step(found, torch.empty(0, width, device=device) if soft else None, share)
+    heats, uniform = heats.contiguous(), None if uniform is None else uniform.contiguous()
     ends = argmax[:0] if ends is None else ends
     barred = torch.zeros(n, dtype=torch.int8, device=device) if barred is None else barred
     bias_words, biases = (argmax[:0], entropies[:0]) if bias is None else bias

@@ -1,0 +1,92 @@
+"""Random networks at any size, filled where they will run: the 26B's sizes in seconds on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from make_26b import configuration
+from torch import Tensor, nn
+
+from dgemma.checkpoint.load import empty_network
+from dgemma.checkpoint.quantize import plan
+from dgemma.config import ModelConfig
+from dgemma.model import Network
+from dgemma.quant import Policy, Quantized, kind_of
+
+FORMS = ("bfloat16", "fp8", "int8", "int4")
+# Everything that the real sizes have, in small: grouped heads, a window, sliding and full layers, groups of 32.
+TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "max_position_embeddings": 512,
+}
+
+
+def config_of(layers: int, *, tiny: bool) -> ModelConfig:
+    """The released sizes with so many layers, the last a full one; or tiny ones with a canvas of 8."""
+    content = configuration(layers)
+    if tiny:
+        content["text_config"] |= TINY
+        content |= {"canvas_length": 8, "dtype": "float32"}
+    return ModelConfig.from_dict(content)
+
+
+def network_of(config: ModelConfig, form: str, device: torch.device, *, seed: int = 0) -> Network:
+    """A network with random weights that keep activations of the order of one, its matrices in a form as
+    `dgemma quantize` holds them. Routing is near uniform and no word of the vocabulary unlikely: the worst case.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    network = empty_network(config)
+    dtype = getattr(torch, config.dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    layouts = {} if form == "bfloat16" else plan(Policy(format=form, search=False), shapes)[0]
+    for name, shape in shapes.items():
+        path, _, last = name.rpartition(".")
+        owner = network.get_submodule(path)
+        layout = layouts.get(kind_of(name) or "")
+        if layout is not None:
+            del owner._parameters[last]
+            setattr(owner, last, _quantized(layout.bits, layout.group, form == "fp8", shape, generator))
+            continue
+        if len(shape) == 1:
+            values = 1 + 0.1 * torch.randn(shape, generator=generator, device=device)
+        else:
+            values = torch.empty(shape, dtype=dtype, device=device)
+            for part in values.view(-1, shape[-1]).split(1 << 16):
+                part.normal_(std=shape[-1] ** -0.5, generator=generator)
+        owner._parameters[last] = nn.Parameter(values.to(dtype), requires_grad=False)
+    return network
+
+
+def nbytes(network: Network) -> int:
+    """Bytes of all weights."""
+    held = [weight.nbytes for weight in network.quantized().values()]
+    return sum(held) + sum(p.nbytes for p in network.parameters())
+
+
+def _quantized(
+    bits: int, group: int | None, floating: bool, shape: tuple[int, ...], generator: torch.Generator
+) -> Quantized:
+    device, (*rows, width) = generator.device, shape
+    if floating:
+        data: Tensor = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        for part in data.view(-1, width).split(1 << 16):
+            part.copy_(torch.randn(part.shape, generator=generator, device=device) * 100)
+        spread = 100.0
+    else:
+        data = torch.empty(*rows, width * bits // 8, dtype=torch.uint8, device=device)
+        data.random_(0, 256, generator=generator)
+        data, spread = (data.view(torch.int8).clamp_(min=-127), 73.9) if bits == 8 else (data, 4.6)
+    scales = torch.rand(*rows, width // group if group else 1, generator=generator, device=device) * 0.5 + 0.75
+    return Quantized(bits=bits, group=group, data=data, scales=scales * width**-0.5 / spread)
