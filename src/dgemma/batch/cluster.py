@@ -268,7 +268,10 @@ def _connect(address: str) -> bool:
             # Workers' output is not ours: it would be among the answers on stdout.
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **more)
     except Exception as error:
-        raise ConfigError(f"ray: no cluster at {address!r} ({_last_line(error)})") from None
+        hint = ""
+        if isinstance(error, ConnectionError) and address != AUTO and "RAY_AUTH_MODE" not in os.environ:
+            hint = "; if it has a token, as Ray's clusters do by default, set RAY_AUTH_MODE=token"
+        raise ConfigError(f"ray: no cluster at {address!r} ({_last_line(error)}{hint})") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
