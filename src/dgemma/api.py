@@ -14,8 +14,9 @@ import torch
 
 from . import checkpoint
 from .config import ModelConfig
+from .devices import device_of, devices_of
 from .diffusion.generate import canvas_length, check_tokens
-from .engine import Engine, EngineSettings, Request, Status, Ticket, answers
+from .engine import Engine, EngineSettings, Request, Status, Team, Ticket, answers
 from .errors import CapacityError, CheckpointError, ConfigError, RequestError
 from .events import Event, Finish, Result
 from .model import Network
@@ -36,21 +37,29 @@ class Model:
         tokenizer, chat: None where the checkpoint has no such file; token ids work without.
     """
 
-    def __init__(self, name: str, directory: Path, network: Network, settings: EngineSettings | None = None):
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        network: Network,
+        settings: EngineSettings | None = None,
+        team: Team | None = None,
+    ):
         self.name, self.directory, self.network = name, directory, network
-        self._settings = settings
+        self._settings, self._team = settings, team
         self.tokenizer: Tokenizer | None = Tokenizer.read(directory)
         self.chat: ChatTemplate | None = ChatTemplate.read(directory)
 
     @cached_property
     def engine(self) -> Engine:
         """What runs the requests; made when the first one comes."""
-        return Engine(self.network, self.tokenizer, self._settings)
+        make = Engine if self._team is None else self._team.engine
+        return make(self.network, self.tokenizer, self._settings)
 
     @property
     def config(self) -> ModelConfig:
-        """The network's sizes."""
-        return self.network.config
+        """The network's sizes, all ranks' together."""
+        return self.network.config if self.network.ranks is None else self.network.ranks.config
 
     @property
     def generation(self) -> GenerationConfig:
@@ -330,6 +339,7 @@ def load(
     *,
     threads: int | None = None,
     engine: EngineSettings | None = None,
+    tensor_parallel: int = 1,
 ) -> Model:
     """Loads a model.
 
@@ -340,6 +350,8 @@ def load(
             of less than a billion weights or one in few bits, where two bytes a number save little and cost time.
         threads: CPU threads to compute with; None leaves torch's choice.
         engine: how many requests run at once, and how much memory they may take.
+        tensor_parallel: processes that hold the network together, one a GPU (or all on the CPU); the others are started
+            here, and end with `Model.close` or this process. The caller's main module must be importable.
 
     Raises:
         ConfigError: an argument or `config.json` has a bad value.
@@ -352,34 +364,22 @@ def load(
         if threads < 1:
             raise ConfigError(f"threads: {threads} is not a number of at least 1")
         torch.set_num_threads(threads)
-    place = _device(device)
+    devices = [device] if tensor_parallel == 1 else devices_of(device, tensor_parallel)
+    place = device_of(devices[0])
     directory = checkpoint.resolve(name)
     config = ModelConfig.read(directory / "config.json")
     generation = GenerationConfig.read(directory / "generation_config.json")
     little = config.total_parameters() < 1e9 or checkpoint.read_scheme(directory, config) is not None
     wide = place.type == "cpu" and little
     weights = DTYPES.get(dtype, torch.float32 if wide else checkpoint.config_dtype(config))
+    team = None if tensor_parallel == 1 else Team(directory, config, generation, devices, weights)
     try:
-        network = checkpoint.load_network(directory, config, device=place, dtype=weights)
+        network = team.load() if team else checkpoint.load_network(directory, config, device=place, dtype=weights)
     except (torch.OutOfMemoryError, MemoryError):
         size = config.total_parameters() * weights.itemsize / 1e9
         raise CapacityError(f"{directory}: {size:.1f} GB of weights do not fit the memory of {place}") from None
     network.generation = generation
-    return Model(os.fspath(name), directory, network.eval().requires_grad_(False), engine)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: {name!r} is unknown (auto, cpu, cuda, cuda:1, ...)") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: {name!r} is not supported (auto, cpu, cuda, cuda:1, ...)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+    return Model(os.fspath(name), directory, network.eval().requires_grad_(False), engine, team)
 
 
 def _result(ticket: Ticket) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,22 @@ def test_seeds_follow_from_the_custom_id_alone(tmp_path: Path) -> None:
     texts = [{line["custom_id"]: text_of(line) for line in read(tmp_path / f"out-{name}.jsonl")} for name in "ab"]
     assert texts[0] == texts[1]
     assert len({seed_of(f"id r{n}") for n in range(1000)}) == 1000
+
+
+def test_a_line_full_of_others_requests_does_not_keep_it_from_ending(tmp_path: Path) -> None:
+    """It waits for room, and looks up meanwhile; with room it goes on."""
+    asked = [request(n) for n in range(40)]
+    write(tmp_path / "in.jsonl", asked)
+    model = FakeModel(delay=3.0, max_batch=2, max_queue=4)
+    others = [model.submit("of someone else") for _ in range(6)]
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    started = time.monotonic()
+    settings = BatchSettings(source=tmp_path / "in.jsonl", target=tmp_path / "out.jsonl")
+    assert run(settings, model, stop=stop).stopped
+    assert time.monotonic() - started < 2.5
+    for ticket in others:
+        ticket.cancel()
+    model.delay = 0.0
+    assert start(tmp_path, model).done == 40
+    assert_all_answered(tmp_path / "out.jsonl", asked)

@@ -42,6 +42,7 @@ BAD = {
     "unknown dtype": (["generate", "hi", "--dtype", "int3"], "--dtype"),
     "threads of 0": (["generate", "hi", "--threads", "0"], "--threads"),
     "threads without end": (["generate", "hi", "--threads", "1000000"], "--threads"),
+    "tensor-parallel of 0": (["generate", "hi", "--tensor-parallel", "0"], "--tensor-parallel"),
     "empty stop": (["generate", "hi", "--stop", ""], "--stop"),
     "empty model": (["generate", "hi", "--model", " "], "--model"),
     "empty system": (["generate", "hi", "--system", ""], "--system"),

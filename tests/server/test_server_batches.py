@@ -48,6 +48,10 @@ def test_a_batch_from_its_upload_to_its_end(begin: Callable[..., Running], tmp_p
     counts = done.request_counts
     assert (counts.total, counts.completed, counts.failed) == (15, 8, 7)
     answers, errors = content(client, done.output_file_id), content(client, done.error_file_id)
+    usages = [one["response"]["body"]["usage"] for one in answers.values()]
+    assert done.usage.input_tokens == sum(usage["prompt_tokens"] for usage in usages) > 0
+    assert done.usage.output_tokens == sum(usage["completion_tokens"] for usage in usages) > 0
+    assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
     assert set(answers) == {f"r{number}" for number in range(8)}
     for number in (1, 3, 5):
         response = server.http.post(CHAT, json=good[number]["body"]).json()

@@ -28,7 +28,7 @@ model
 kernels
 quant
 constrain
-text tasks params events config memory demo
+text tasks params events config memory devices demo
 errors
 """
 LEVEL = {room: level for level, line in enumerate(ORDER.split("\n")) for room in line.split()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 AHEAD = 4  # times what runs at once: requests that are in line, so that none is missing when one is done
+RETRY_SECONDS = 0.05  # between two tries at a line that others have filled
 SUSPECTS = 16  # failures one after another, each of which nobody has foreseen
 
 
@@ -61,9 +63,10 @@ class Answerer:
         self._flights: Flights[tuple[Request, Sequence[Ticket]]] = Flights()
         self._suspects: list[tuple[Outcome, Exception]] = []
         self._ready: list[Outcome] = []
+        self._parked: Request | None = None  # for which the engine's line has had no room
 
     def __len__(self) -> int:
-        return len(self._flights) + len(self._ready)
+        return len(self._flights) + len(self._ready) + (self._parked is not None)
 
     @property
     def held(self) -> int:
@@ -72,15 +75,17 @@ class Answerer:
 
     @property
     def full(self) -> bool:
-        """Whether there is enough to do."""
-        return self._flights.tickets >= self.ahead or len(self._flights) >= self.ahead
+        """Whether there is enough to do, or no room in the engine's line for more."""
+        most = self._flights.tickets >= self.ahead or len(self._flights) >= self.ahead
+        return most or self._parked is not None
 
     def submit(self, request: Request) -> None:
-        """Takes a request; waits while the engine's line is full of others' requests.
+        """Takes a request. While the engine's line is full of others' requests it is kept, and `full` holds.
 
         Raises:
             Draining: the engine takes no more.
         """
+        assert self._parked is None
         ask = request.call.ask
         tickets: list[Ticket] = []
 
@@ -90,7 +95,8 @@ class Answerer:
             tickets[:] = ask.submit(self.model)
             return tickets
 
-        self._flights.submit((request, tickets), start)
+        if not self._flights.submit((request, tickets), start, wait=False):
+            self._parked = request
 
     def take(self, record: Record) -> None:
         """Takes a request that nobody has read yet; `next` tells what is wrong with it."""
@@ -107,6 +113,13 @@ class Answerer:
         """
         if self._ready:
             return self._ready.pop()
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            self.submit(parked)
+        if self._parked is not None:
+            timeout = RETRY_SECONDS
+            if not len(self._flights):
+                time.sleep(timeout)
         done = self._flights.next(timeout)
         if done is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..kernels import cpu
 from ..kernels.packed import CHUNK, can_pack
 from ..memory import machine_memory
 from ..model import Network
+from ..model.ranks import Ranks
 from ..quant import Quantized, quantize
 from ..quant.codec import decode, plain_part
 from .files import FLOATS, Entry, expect, read_into
@@ -34,6 +36,7 @@ def load_network(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
+    ranks: Ranks | None = None,
 ) -> Network:
     """Builds the network and fills it from the directory's safetensors files, strictly and in bounded memory.
 
@@ -48,6 +51,7 @@ def load_network(
         dtype: floating-point type of the loaded tensors and of activations; None is what `config.json` says
             (`config.dtype`).
         dequantize: make weights in few bits floating-point, for training and comparisons.
+        ranks: for a network in parts, this process's place: of each matrix only its own part is kept.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or type, differs from the tensor it is
@@ -63,7 +67,9 @@ def load_network(
     network = empty_network(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = take_inventory(Path(directory), config, shapes)
-    _check_room(found, device, dtype, dequantize)
+    _check_room(found, device, dtype, dequantize, 1 if ranks is None else ranks.size)
+    if ranks is not None:
+        network = empty_network(config, ranks)
     found.check_copies()
     converted = {
         name
@@ -77,7 +83,9 @@ def load_network(
     order = sorted(found.weights.items(), key=lambda item: item[1].pieces[0].first)
     for (name, weight), (_, following) in zip(order, [*order[1:], order[-1]], strict=True):
         expect(entry for piece in following.pieces for entry in piece.parts.values())
-        if weight.layout is None:
+        if ranks is not None:
+            _put(network, name, _part(weight, name, ranks, device, dtype))
+        elif weight.layout is None:
             _put(network, name, _floating(weight, buffer if name in converted else None, device, dtype))
         elif dequantize:
             whole = torch.empty(weight.shape, dtype=dtype, device=device)
@@ -96,10 +104,10 @@ def load_network(
     return network
 
 
-def empty_network(config: ModelConfig) -> Network:
+def empty_network(config: ModelConfig, ranks: Ranks | None = None) -> Network:
     """The network on the meta device: shapes without memory."""
     with torch.device("meta"), _Unfilled():
-        return Network(config)
+        return Network(config, ranks)
 
 
 def config_dtype(config: ModelConfig) -> torch.dtype:
@@ -155,16 +163,38 @@ def read_quantized(piece: Piece, target: Quantized | None = None) -> Quantized:
         raise CheckpointError(f"{next(iter(piece.parts.values())).path}: {piece.module}.{error}") from None
 
 
-def _check_room(found: Inventory, device: torch.device, dtype: torch.dtype, dequantize: bool) -> None:
+def _check_room(found: Inventory, device: torch.device, dtype: torch.dtype, dequantize: bool, ranks: int) -> None:
     """Refuses what cannot fit, before anything is allocated."""
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
-    needed = sum(weight.memory(dtype.itemsize, dequantize) for weight in found.weights.values())
+    needed = sum(weight.memory(dtype.itemsize, dequantize) for weight in found.weights.values()) // ranks
     if room is not None and needed > room:
         name = str(dtype).removeprefix("torch.")
         mend = "" if found.quantized and not dequantize else "; `dgemma quantize` makes a copy that needs less"
         raise CapacityError(
             f"{found.directory}: its weights need {needed / 1e9:.1f} GB ({name}), {device} has {room / 1e9:.1f}{mend}"
         )
+
+
+def _part(
+    weight: Weight, name: str, ranks: Ranks, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor | cpu.Weight:
+    """One rank's part of a weight; of experts that are apart on disk only its own are read."""
+    if len(weight.pieces) > 1:
+        first, end = ranks.experts
+        pieces = tuple(
+            replace(piece, where=(piece.where[0] - first, *piece.where[1:]))  # type: ignore[operator]
+            for piece in weight.pieces
+            if first <= piece.where[0] < end  # type: ignore[operator]
+        )
+        own = replace(weight, shape=(end - first, *weight.shape[1:]), pieces=pieces)
+        if weight.layout is None:
+            return _floating(own, None, device, dtype)
+        held = _quantized(own, device)
+    elif weight.layout is None:
+        return ranks.cut(name, read_tensor(weight.pieces[0].plain)).to(device=device, dtype=dtype)
+    else:
+        held = ranks.cut(name, _quantized(weight, torch.device("cpu"))).to(device)
+    return cpu.pack(held) if device.type == "cpu" else held
 
 
 def _floating(weight: Weight, buffer: torch.Tensor | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

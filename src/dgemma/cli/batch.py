@@ -157,6 +157,8 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
     from ..batch import run
     from .batch_view import View
 
+    if values["tensor_parallel"] > 1 and (values["ray"] is not None or (values["workers"] or 1) > 1):
+        raise BadInput("--tensor-parallel: one network is all that answers then; drop --ray and --workers")
     cluster = None if values["ray"] is None else _cluster(values)
 
     def load() -> Model | list[Callable[[], Model]] | Cluster:
@@ -165,8 +167,8 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
         if cluster is not None:
             return cluster
         engine = dgemma.EngineSettings(max_batch=values["max_batch"], max_model_len=values["max_model_len"])
-        settings = {name: values[name] for name in ("device", "dtype", "threads")} | {"engine": engine}
-        each = _workers(values)
+        settings = options.load_settings(values) | {"engine": engine}
+        each = [{}] if "tensor_parallel" in settings else _workers(values)
         if len(each) == 1:
             return dgemma.load(values["model"], **settings)
         return [partial(dgemma.load, values["model"], **{**settings, **own}) for own in each]

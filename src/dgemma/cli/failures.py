@@ -30,6 +30,7 @@ FLAGS = {
     "device": "--device",
     "dtype": "--dtype",
     "threads": "--threads",
+    "tensor_parallel": "--tensor-parallel",
     "model": "--model",
     "think": "--think",
     "raw": "--raw",

@@ -43,6 +43,8 @@ MODEL_FLAGS = (
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
                  help="What the weights are held in."),
     click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="CPU threads to compute with."),
+    click.option("--tensor-parallel", type=click.IntRange(1, 8), default=1, metavar="N",
+                 help="Processes that hold the model together, one a GPU.  [default: 1]"),
 )  # fmt: skip
 
 SEED_FLAG = click.option("--seed", type=int, metavar="N", help="Same seed, same answer; left out, one is drawn.")
@@ -126,4 +128,10 @@ def open_model(values: Mapping[str, Any]) -> Model:
     with loading(name) if values.get("watch") is not False else contextlib.nullcontext():
         import dgemma
 
-        return dgemma.load(name, device=values["device"], dtype=values["dtype"], threads=values["threads"])
+        return dgemma.load(name, **load_settings(values))
+
+
+def load_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags say of how a model is loaded, as `dgemma.load` takes it."""
+    settings = {name: values[name] for name in ("device", "dtype", "threads")}
+    return settings if values["tensor_parallel"] == 1 else {**settings, "tensor_parallel": values["tensor_parallel"]}

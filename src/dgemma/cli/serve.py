@@ -79,13 +79,7 @@ def serve(**values: Any) -> int:
         import dgemma
 
         limits = {name: values[name] for name in ("max_batch", "max_queue", "max_model_len")}
-        return dgemma.load(
-            values["model"],
-            device=values["device"],
-            dtype=values["dtype"],
-            threads=values["threads"],
-            engine=dgemma.EngineSettings(**limits),
-        )
+        return dgemma.load(values["model"], **options.load_settings(values), engine=dgemma.EngineSettings(**limits))
 
     def ready(model: Any, address: str) -> None:
         if settings.api_key is None and not settings.host.startswith(LOOPBACK):

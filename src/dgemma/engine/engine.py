@@ -29,22 +29,32 @@ class Engine:
 
     Whoever iterates over a ticket drives the engine for all; `start` gives that to a thread of its own.
 
+    Args:
+        room: pages of full and of sliding layers; None: as the settings and the memory have it.
+
     Raises:
         CapacityError: the cache would not hold one request of the greatest length.
     """
 
-    def __init__(self, network: Network, tokenizer: Tokenizer | None, settings: EngineSettings | None = None):
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Tokenizer | None,
+        settings: EngineSettings | None = None,
+        *,
+        room: tuple[int, int] | None = None,
+    ):
         self.network, self.tokenizer = network, tokenizer
         self.settings = settings = settings or EngineSettings()
         context = network.config.max_position_embeddings
         self.limit = min(settings.max_model_len or context, context)
-        self.pages = _plan_cache(network, settings, self.limit)
+        self.pages = _plan_cache(network, settings, self.limit, room)
         self._forward = _forward(network, self.pages, settings, self.limit)
+        self._news: list[Row | Ticket] = []  # submitted, and cancelled, since the last step
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
-        self._cancelled: list[Ticket] = []
         self._lock = threading.Lock()  # a step
-        self._queue = threading.Condition()  # what is submitted and cancelled between steps
+        self._queue = threading.Condition()  # what changes between steps
         self._thread: threading.Thread | None = None
         self._draining = self._closed = False
         self._most = settings.max_batch  # requests in a step at present; fewer after a step has failed
@@ -76,9 +86,9 @@ class Engine:
         with self._queue:
             if self._draining or self._closed:
                 raise Draining("the engine is shutting down and takes no new requests")
-            if len(self._waiting) + len(self._running) >= self.settings.max_queue + self.settings.max_batch:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting; try again in a moment")
-            self._waiting.append(row)
+            if self._queued + len(self._running) >= self.settings.max_queue + self.settings.max_batch:
+                raise QueueFull(f"{self._queued} requests are waiting; try again in a moment")
+            self._news.append(row)
             self._prompt_tokens += len(request.prompt)
             self._queue.notify_all()
         return ticket
@@ -95,7 +105,7 @@ class Engine:
         self.start()
         with self._queue:
             self._draining = True
-            return self._queue.wait_for(lambda: not self._waiting and not self._running, timeout=seconds)
+            return self._queue.wait_for(lambda: not self._queued and not self._running, timeout=seconds)
 
     def close(self) -> None:
         """Ends every request and the thread."""
@@ -105,17 +115,19 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
         with self._lock, self._queue:
-            for row in [*self._running, *self._waiting]:
+            new = [row for row in self._news if isinstance(row, Row)]
+            for row in [*self._running, *self._waiting, *new]:
                 row.leave()
                 row.ticket.fail(Draining("the engine was closed"))
             self._running.clear()
             self._waiting.clear()
+            self._news.clear()
 
     def status(self) -> Status:
         """The engine's figures now."""
         pool = self.pages.full
         return Status(
-            queued=len(self._waiting),
+            queued=self._queued,
             running=len(self._running),
             batch=self._batch,
             steps=self._steps,
@@ -170,15 +182,20 @@ class Engine:
         self._try_step()
         return True
 
+    @property
+    def _queued(self) -> int:
+        """Requests in line."""
+        return len(self._waiting) + sum(isinstance(one, Row) for one in self._news)
+
     def _cancel(self, ticket: Ticket) -> None:
         with self._queue:
-            self._cancelled.append(ticket)
+            self._news.append(ticket)
             self._queue.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._queue:
-                self._queue.wait_for(lambda: self._waiting or self._running or self._cancelled or self._closed)
+                self._queue.wait_for(lambda: self._news or self._waiting or self._running or self._closed)
                 if self._closed:
                     return
             self._try_step()
@@ -198,9 +215,11 @@ class Engine:
                     log.warning("a step of %d requests failed; half as many go on", self._batch, exc_info=True)
 
     def _admit(self) -> None:
-        """Drops who was cancelled, lets in who waited longest while there is room."""
+        """Takes what is new, drops who was cancelled, lets in who waited longest while there is room."""
         with self._queue:
-            cancelled, self._cancelled = set(map(id, self._cancelled)), []
+            news, self._news = self._heard(self._news), []
+            self._waiting.extend(row for row in news if isinstance(row, Row))
+            cancelled = {id(ticket) for ticket in news if isinstance(ticket, Ticket)}
             if cancelled:
                 self._waiting = deque(row for row in self._waiting if id(row.ticket) not in cancelled)
                 self._queue.notify_all()
@@ -220,6 +239,10 @@ class Engine:
             with self._queue:
                 self._waiting.popleft()
                 self._running.append(row)
+
+    def _heard(self, news: list[Row | Ticket]) -> list[Row | Ticket]:
+        """What is new for this step, in its order."""
+        return news
 
     def _finish(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -287,7 +310,7 @@ def _forward(network: Network, pages: Pages, settings: EngineSettings, limit: in
     """
     if settings.kernels == "torch" or (settings.kernels == "auto" and network.device.type != "cuda"):
         return Forward(network, pages)
-    lack = missing(network)
+    lack = missing(network) if network.ranks is None else "a network in parts runs without kernels of ours so far"
     if lack is None:
         from .card import CardForward  # loads Triton
 
@@ -298,13 +321,16 @@ def _forward(network: Network, pages: Pages, settings: EngineSettings, limit: in
     return Forward(network, pages)
 
 
-def _plan_cache(network: Network, settings: EngineSettings, limit: int) -> Pages:
-    """Pages for `max_batch` requests of full length, or for as many as a share of the free memory holds; at least one.
+def _plan_cache(network: Network, settings: EngineSettings, limit: int, room: tuple[int, int] | None) -> Pages:
+    """As many pages as `room` says; else for `max_batch` requests of full length, or for as many as a share of the free
+    memory holds; at least one.
 
     Raises:
         CapacityError: `cache_tokens` is less than one request may need.
     """
     config, size = network.config, settings.page_size
+    if room is not None:
+        return Pages(size=size, window=config.sliding_window, full=room[0], sliding=room[1])
     width = [2 * shape.kv_heads * shape.head_dim * network.dtype.itemsize * size for shape in config.layers]
     per_full = sum(w for w, shape in zip(width, config.layers, strict=True) if not shape.sliding)
     per_sliding = sum(w for w, shape in zip(width, config.layers, strict=True) if shape.sliding)

@@ -38,8 +38,10 @@ class Flights(Generic[Key]):
     def __len__(self) -> int:
         return len(self._flying) + len(self._ready)
 
-    def submit(self, key: Key, submit: Callable[[], Sequence[Ticket]]) -> None:
-        """Puts a request in line; one that is refused is done at once, with its error. Waits while the line is full.
+    def submit(self, key: Key, submit: Callable[[], Sequence[Ticket]], *, wait: bool = True) -> bool:
+        """Puts a request in line; one that is refused is done at once, with its error.
+
+        While the line is full it waits for room, or with `wait=False` returns False at once.
 
         Raises:
             Draining: the engine takes no more.
@@ -48,6 +50,8 @@ class Flights(Generic[Key]):
             try:
                 tickets = submit()
             except QueueFull:
+                if not wait:
+                    return False
                 done = self._wait(RETRY_SECONDS)
                 if done is not None:
                     self._ready.append(done)
@@ -58,13 +62,14 @@ class Flights(Generic[Key]):
                 raise
             except Exception as error:
                 self._ready.append((key, error))
-                return
+                return True
             break
         flight = _Flight(key, tickets)
         self._flying[id(flight)] = flight
         self.tickets += len(tickets)
         for ticket in tickets:
             ticket.on_close(partial(self._closed.put, flight))
+        return True
 
     def next(self, timeout: float | None = None) -> tuple[Key, Outcome] | None:
         """The next request that is done: its results, or its error. None after so many seconds, or if there is none."""

@@ -118,7 +118,7 @@ class Forward:
         number = canvas.number + 1
         uniform = None if greedy else row.draws.uniform(canvas.index, number, CounterDraws.SAMPLE, length)
         wish = canvas.wish
-        if wish is not None and top is None and device.type == "cpu":
+        if wish is not None and top is None and device.type == "cpu" and self.network.ranks is None:
             hint = canvas.likeliest
             rows = (None if given is None else given[0] for given in (uniform, hint))
             look = self.network.look(hidden[0], wish, *rows)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..config import AttentionShape
 from .linear import Linear
 from .norm import RMSNorm
+from .ranks import Ranks
 from .rope import rotate
 from .view import View
 
@@ -20,6 +21,7 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, shape: AttentionShape, eps: float):
         super().__init__()
         self.shape = shape
+        self.ranks: Ranks | None = None
         width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.q_proj = Linear(hidden, width)
         self.k_proj = Linear(hidden, kv_width)
@@ -42,4 +44,5 @@ class Attention(nn.Module):
         values = self.v_norm(raw_values).transpose(1, 2)
 
         seen = view.attend(layer, self.shape, queries, keys, values)
-        return self.o_proj(seen.transpose(1, 2).reshape(batch, length, -1))
+        out: Tensor = self.o_proj(seen.transpose(1, 2).reshape(batch, length, -1))
+        return out if self.ranks is None else self.ranks.total(out)

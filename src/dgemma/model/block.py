@@ -10,6 +10,7 @@ from .attention import Attention
 from .mlp import MLP
 from .moe import Experts, Router
 from .norm import RMSNorm
+from .ranks import Ranks
 from .view import View
 
 
@@ -24,14 +25,14 @@ class Block(nn.Module):
     ```
     """
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig, index: int, ranks: Ranks | None = None):
         super().__init__()
         self.index = index
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(hidden, config.layers[index], eps)
         self.mlp = MLP(hidden, config.intermediate_size)
         self.router = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, ranks)
         self.input_layernorm = RMSNorm(hidden, eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm = RMSNorm(hidden, eps)

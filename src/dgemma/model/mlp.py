@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..kernels import cpu
 from .linear import Linear
+from .ranks import Ranks
 
 
 def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,6 +23,8 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden, intermediate)
         self.up_proj = Linear(hidden, intermediate)
         self.down_proj = Linear(intermediate, hidden)
+        self.ranks: Ranks | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(gated_gelu(self.gate_proj(x), self.up_proj(x)))
+        return out if self.ranks is None else self.ranks.total(out)

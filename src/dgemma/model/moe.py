@@ -10,6 +10,7 @@ from ..kernels import cpu
 from .linear import Linear, linear
 from .mlp import gated_gelu
 from .norm import RMSNorm
+from .ranks import Ranks
 from .view import View
 
 
@@ -35,11 +36,16 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E gated feed-forwards with fused weights: `gate_up_proj` [E, 2I, H] (gate rows first), `down_proj` [E, H, I]."""
+    """E gated feed-forwards with fused weights: `gate_up_proj` [E, 2I, H] (gate rows first), `down_proj` [E, H, I].
 
-    def __init__(self, config: ModelConfig):
+    Of a network in parts, some of all experts.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: Ranks | None = None):
         super().__init__()
-        count, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.ranks = ranks
+        self.first, end = (0, config.num_experts) if ranks is None else ranks.experts
+        count, hidden, width = end - self.first, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
 
@@ -49,6 +55,14 @@ class Experts(nn.Module):
         The T * k assignments are sorted by expert, so that each expert's rows are one product and an expert
         without rows costs nothing.
         """
+        if self.ranks is None:
+            return self._own(x, weights, experts)
+        # What chose another rank's expert goes to one of ours and counts nothing: correct, and of few rows the cost.
+        here = experts - self.first
+        ours = (here >= 0) & (here < self.gate_up_proj.shape[0])
+        return self.ranks.total(self._own(x, torch.where(ours, weights, 0), torch.where(ours, here, 0)))
+
+    def _own(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         if not isinstance(self.gate_up_proj, Tensor) and x.device.type == "cpu":
             return cpu.experts(x, weights, experts, self.gate_up_proj, self.down_proj)
         tokens, k = experts.shape

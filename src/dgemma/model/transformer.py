@@ -11,9 +11,12 @@ from ..config import ModelConfig
 from ..errors import CapacityError
 from ..kernels import cpu
 from ..params import GenerationConfig
+from .attention import Attention
 from .block import Block
 from .linear import combine, linear, lookup
+from .mlp import MLP
 from .norm import RMSNorm
+from .ranks import Ranks
 from .self_conditioning import SelfConditioning
 from .view import Cache, DenoiseView, EncodeView, View
 
@@ -22,16 +25,25 @@ class Network(nn.Module):
     """DiffusionGemma's text network. Shape letters: B batch, S sequence, L canvas, H hidden, V vocabulary.
 
     Can be built on the meta device: nothing but the parameters needs filling in afterwards.
+
+    Args:
+        ranks: this process's place among those that hold the network together; all of them make the same calls, and
+            get the same results. `config` is then that of this part: fewer heads and inner columns.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ranks: Ranks | None = None):
         super().__init__()
-        self.config = config
+        self.ranks = ranks
+        self.config = config = config if ranks is None else ranks.own
         self.generation = GenerationConfig()  # the checkpoint's defaults, set by whoever loads one
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        first, end = (0, config.vocab_size) if ranks is None else ranks.words
+        self.embed_tokens = nn.Embedding(end - first, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index, ranks) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
+        for module in self.modules():
+            if isinstance(module, Attention | MLP):
+                module.ranks = ranks
 
     @property
     def device(self) -> torch.device:
@@ -86,18 +98,25 @@ class Network(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Rows of the table times sqrt(H): [B, S] -> [B, S, H]."""
-        return lookup(tokens, self.embed_tokens.weight, self.dtype) * self.embedding_scale()
+        if self.ranks is None:
+            return lookup(tokens, self.embed_tokens.weight, self.dtype) * self.embedding_scale()
+        first, end = self.ranks.words
+        ours = (tokens >= first) & (tokens < end)
+        rows = lookup(torch.where(ours, tokens - first, 0), self.embed_tokens.weight, self.dtype)
+        return self.ranks.total(torch.where(ours[..., None], rows, 0.0)) * self.embedding_scale()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head, soft-capped: [..., H] -> [..., V] float32."""
         scores = linear(hidden, self.embed_tokens.weight).float()
+        scores = scores if self.ranks is None else self.ranks.joined(scores)
         cap = self.config.final_logit_softcapping
         return scores if cap is None else torch.tanh(scores / cap) * cap
 
     def look(self, hidden: Tensor, wish: cpu.Wish, uniform: Tensor | None, hint: Tensor | None) -> cpu.Look:
         """`logits`, what follows from them, and `blend`, in one operation on a CPU: hidden [n, H] -> `Look` of n
-        positions, its soft embeddings [n, H] in the network's dtype. See `kernels.cpu.vocabulary`.
+        positions, its soft embeddings [n, H] in the network's dtype. See `kernels.cpu.vocabulary`. Not in parts.
         """
+        assert self.ranks is None
         wish = replace(wish, cap=self.config.final_logit_softcapping)
         look = cpu.vocabulary(hidden, self.embed_tokens.weight, wish, uniform=uniform, hint=hint, product=linear)
         assert look.soft is not None
@@ -112,7 +131,11 @@ class Network(nn.Module):
 
     def blend(self, weights: Tensor) -> Tensor:
         """`weights @ table * sqrt(H)`: [..., V] -> [..., H]."""
-        return combine(weights.to(self.dtype), self.embed_tokens.weight) * self.embedding_scale()
+        if self.ranks is None:
+            return combine(weights.to(self.dtype), self.embed_tokens.weight) * self.embedding_scale()
+        first, end = self.ranks.words
+        own = combine(weights[..., first:end].to(self.dtype).contiguous(), self.embed_tokens.weight)
+        return self.ranks.total(own) * self.embedding_scale()
 
     def embedding_scale(self) -> Tensor:
         """sqrt(H), rounded to the table's dtype first; made where the weights are, so that a graph can hold it."""

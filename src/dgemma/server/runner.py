@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -100,6 +101,7 @@ class BatchRunner:
             "cancelling_at": None,
             "cancelled_at": None,
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
+            "usage": None,
             "metadata": form.metadata,
         }
         self._data.add_batch(batch, after.seconds if after else None)
@@ -200,6 +202,8 @@ class BatchRunner:
             for path in (settings.target, settings.errors):
                 assert isinstance(path, Path)
                 mend(path, lambda line: True)  # after a crash the last line may be torn
+            assert isinstance(settings.target, Path)
+            changes["usage"] = _usage(settings.target)
         if current.counts is not None:
             changes["request_counts"] = current.counts
         with self._lock:
@@ -284,3 +288,25 @@ def _plainly(error: ConfigError, settings: BatchSettings, batch: Json) -> str:
 
 def _counts(total: int, completed: int, failed: int) -> Json:
     return {"total": total, "completed": completed, "failed": failed}
+
+
+def _usage(answers: Path) -> Json:
+    """Tokens of all answers of a file, whichever server gave them."""
+    given = read = reused = thought = 0
+    if answers.exists():
+        with answers.open("rb") as file:
+            for line in file:
+                usage = json.loads(line)["response"]["body"].get("usage") or {}
+                read += usage.get("prompt_tokens", usage.get("input_tokens", 0))
+                given += usage.get("completion_tokens", usage.get("output_tokens", 0))
+                details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+                reused += details.get("cached_tokens", 0)
+                details = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+                thought += details.get("reasoning_tokens", 0)
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": reused},
+        "output_tokens": given,
+        "output_tokens_details": {"reasoning_tokens": thought},
+        "total_tokens": read + given,
+    }

@@ -1,0 +1,46 @@
+"""What networks run on, by name."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ConfigError
+
+MOST_RANKS = 8
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name: cpu, cuda, cuda:1, ..., or auto for a GPU if there is one.
+
+    Raises:
+        ConfigError: there is none of that name, or it is of a kind that nothing here runs on.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: {name!r} is unknown (auto, cpu, cuda, cuda:1, ...)") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} is not supported (auto, cpu, cuda, cuda:1, ...)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def devices_of(name: str, ranks: int) -> list[str]:
+    """One device a rank of a network in parts: the first so many GPUs, or the CPU for all.
+
+    Raises:
+        ConfigError: there are not so many, or so many ranks make no sense.
+    """
+    if not 2 <= ranks <= MOST_RANKS:
+        raise ConfigError(f"tensor_parallel: {ranks} is not a number from 1 to {MOST_RANKS}")
+    device = device_of(name)
+    if device.type == "cpu":
+        return ["cpu"] * ranks
+    if device.index is not None:
+        raise ConfigError(f"device: {name!r} is one GPU; tensor_parallel {ranks} takes the first {ranks}, so say cuda")
+    if ranks > torch.cuda.device_count():
+        raise ConfigError(f"tensor_parallel: {ranks} ranks need as many GPUs; torch sees {torch.cuda.device_count()}")
+    return [f"cuda:{rank}" for rank in range(ranks)]
