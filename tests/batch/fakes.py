@@ -2,13 +2,14 @@
 
 What it answers follows from the prompt and the seed alone. Words in a prompt ask for trouble: TOOLONG for a prompt
 that does not fit, NAN for a request that fails under way, CRASH for an error that nobody foresees, BROKEN for one that
-every request gets, ECHO for an answer as long as the prompt.
+every request gets, ECHO for an answer as long as the prompt, KILL for the end of the process, with all that it has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -117,7 +118,9 @@ class FakeModel:
         with self.changed:
             batch = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.engine.settings.max_batch))]
         for ticket, last, params, prompt in reversed(batch):
-            if self.closes_after is not None and len(self.asked) - len(self.waiting) > self.closes_after:
+            if "KILL" in last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.closes_after is not None and len(self.asked) - len(self.waiting) > self.closes_after:
                 ticket.fail(Draining("the engine was closed"))
             elif "NAN" in last:
                 ticket.fail(RequestError("scores: are not numbers (NaN)"))

@@ -8,12 +8,15 @@ import pickle
 import signal
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from .answer import Answerer, Outcome, try_defaults
+from .deaths import Deaths, WorkerLost
 from .form import Form, Request
 from .source import Record
 from .weights import weights
@@ -27,12 +30,14 @@ END = "end"
 PATIENCE = 10.0  # seconds that a process gets to end
 
 
-class WorkerLost(RuntimeError):
-    """A process that answered has ended by itself, or by another's hand."""
-
-
 class _Worker:
-    """One process, as the others see it: what it was sent, and what it has given back."""
+    """One process, as the others see it.
+
+    Fields:
+        most: requests that it has in line at most; 0 while it loads.
+        given: those that it has, by line; held: how many of them wait to be asked for.
+        tries: workers that these requests have cost so far. Above 0 it gets no others beside them.
+    """
 
     def __init__(self, number: int, loader: Loader, form: Form, ahead: int | None, news: SimpleQueue[Any]):
         context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and the GPU's state
@@ -42,15 +47,31 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
-        self.number, self.most = number, 0
-        self.sent = self.got = self.held = 0
+        self.number, self.most, self.held, self.tries = number, 0, 0, 0
+        self.given: dict[int, Record] = {}
         # What it says is read at once, so that it never waits for us while we wait for it.
         threading.Thread(target=self._listen, args=(news,), daemon=True).start()
 
     @property
     def open(self) -> int:
         """Requests that it has and will say something of without being asked."""
-        return self.sent - self.got - self.held
+        return len(self.given) - self.held
+
+    @property
+    def full(self) -> bool:
+        """Whether it has enough to do, or is to be left alone."""
+        return bool(self.tries) or self.open >= self.most
+
+    def give(self, record: Record) -> None:
+        """One more request."""
+        self.given[record.line] = record
+        self.say(record)
+
+    def ended(self) -> str:
+        """How it did."""
+        self.process.join(PATIENCE)
+        code = self.process.exitcode
+        return f"ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
 
     def say(self, message: Any) -> None:
         """Sends it something; that it has gone is found out by listening."""
@@ -69,6 +90,8 @@ class _Worker:
 class Pool:
     """What `Answerer` is, by many processes: requests in, outcomes out, whichever is done first.
 
+    Where a process dies another one begins in its place, and what it had is tried again (see `Deaths`).
+
     Args:
         loaders: one a process, which is where they are called; they are pickled.
         ahead: answers under way at most in each.
@@ -78,15 +101,19 @@ class Pool:
         self._news: SimpleQueue[tuple[_Worker, Any]] = SimpleQueue()
         self._ready: list[Outcome] = []
         self._workers: list[_Worker] = []
+        self._loaders, self._form, self._ahead = loaders, form, ahead
+        self._deaths = Deaths(form)
+        self._lots: deque[tuple[int, list[Record]]] = deque()
+        self._digest: str | None = None
         try:
-            for number, loader in enumerate(loaders):
-                self._workers.append(_Worker(number, loader, form, ahead, self._news))
+            for number in range(len(loaders)):
+                self._workers.append(self._begin(number))
         except BaseException:
             self.close()
             raise
 
     def wait(self, tick: Callable[[], bool]) -> str | None:
-        """Waits until all have loaded; returns a digest of the first one's weights, None if `tick` said to stop.
+        """Waits until all have loaded; returns a digest of their weights, None if `tick` said to stop.
 
         Args:
             tick: called now and then; True ends the waiting.
@@ -94,55 +121,41 @@ class Pool:
         Raises:
             WorkerLost: a process ended; and whatever a loader raised.
         """
-        waiting, digest = len(self._workers), None
-        while waiting:
+        while not all(worker.most for worker in self._workers):
             if tick():
                 return None
-            message = self._next(TICK)
-            if message is None:
-                continue
-            worker = message[0]
-            worker.most, own, said = message[1]
-            waiting -= 1
-            if not worker.number:
-                digest = own
-                for text in said:
-                    warnings.warn(text, stacklevel=2)
-        return digest
+            self._hear(TICK)
+        return self._digest
 
     def __len__(self) -> int:
-        return sum(worker.open for worker in self._workers) + len(self._ready)
+        waiting = sum(len(records) for _, records in self._lots)
+        return sum(worker.open for worker in self._workers) + waiting + len(self._ready)
 
     @property
     def held(self) -> int:
         """See `Answerer.held`."""
-        return sum(worker.held for worker in self._workers)
+        return sum(worker.held for worker in self._workers) + len(self._deaths.held)
 
     @property
     def full(self) -> bool:
         """Whether all of them have enough to do."""
-        return all(worker.open >= worker.most for worker in self._workers)
+        return all(worker.full for worker in self._workers)
 
     def submit(self, request: Request) -> None:
         """Gives a request to whoever has the least to do."""
-        worker = min(self._workers, key=lambda one: one.open / one.most)
-        worker.sent += 1
-        worker.say(Record(request.line, request.data))
+        free = [worker for worker in self._workers if not worker.full]
+        worker = min(free, key=lambda one: one.open / one.most)
+        worker.give(Record(request.line, request.data))
 
     def next(self, timeout: float | None = None) -> Outcome | None:
         """See `Answerer.next`.
 
         Raises:
-            WorkerLost: a process ended; and whatever its engine raised.
+            WorkerLost: a process ended while it loaded, or processes die of all that they get; and whatever an
+                engine raised.
         """
         if not self._ready:
-            message = self._next(timeout)
-            if message is None:
-                return None
-            worker = message[0]
-            worker.held, outcomes = message[1]
-            worker.got += len(outcomes)
-            self._ready += outcomes
+            self._hear(timeout)
         return self._ready.pop() if self._ready else None
 
     def rest(self) -> list[Outcome]:
@@ -150,12 +163,11 @@ class Pool:
         for worker in self._workers:
             if worker.held:
                 worker.say(None)
-        rest = []
-        while self.held:
-            outcome = self.next()
-            if outcome is not None:
-                rest.append(outcome)
-        rest, self._ready = rest + self._ready, []
+        while any(worker.held for worker in self._workers):
+            self._hear(None)
+        if any(worker.given for worker in self._workers) or self._lots:
+            return []  # one of them has died of it
+        rest, self._ready = self._ready + self._deaths.answered(), []
         return rest
 
     def close(self) -> None:
@@ -168,19 +180,54 @@ class Pool:
                 worker.process.kill()
                 worker.process.join()
 
-    def _next(self, timeout: float | None) -> tuple[_Worker, Any] | None:
+    def _begin(self, number: int) -> _Worker:
+        return _Worker(number, self._loaders[number], self._form, self._ahead, self._news)
+
+    def _hear(self, timeout: float | None) -> None:
+        """Takes one message of a worker, and gives it more to do if that is all it had."""
         try:
             worker, message = self._news.get(timeout=timeout)
         except Empty:
-            return None
+            return
         if message is None:
-            worker.process.join(PATIENCE)
-            code = worker.process.exitcode
-            ended = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-            raise WorkerLost(f"worker {worker.number + 1} of {len(self._workers)} ended {ended}; was its memory full?")
+            self._bury(worker)
+            return
         if isinstance(message, BaseException):
             raise message
-        return worker, message
+        if not worker.most:
+            self._loaded(worker, *message)
+        else:
+            worker.held, outcomes = message
+            for outcome in outcomes:
+                worker.given.pop(outcome.line)
+            self._ready += outcomes
+            if any(outcome.ok for outcome in outcomes):
+                self._ready += self._deaths.answered()
+        if not worker.open and worker.tries and worker.held:
+            worker.say(None)  # or it would be blamed for what comes next
+        elif not worker.open:
+            worker.tries, records = self._lots.popleft() if self._lots and not worker.held else (0, [])
+            for record in records:
+                worker.give(record)
+
+    def _loaded(self, worker: _Worker, most: int, digest: str, said: list[str]) -> None:
+        worker.most = most
+        if self._digest is None:
+            self._digest = digest
+            for text in said:
+                warnings.warn(text, stacklevel=2)
+        elif self._digest != digest:
+            raise ConfigError("model: its weights were changed while the run had it")
+
+    def _bury(self, worker: _Worker) -> None:
+        """Puts another process in the place of one that has died."""
+        who, how = f"worker {worker.number + 1} of {len(self._workers)}", worker.ended()
+        worker.connection.close()
+        if not worker.most:
+            raise WorkerLost(f"{who} {how} while it loaded; was the memory full?")
+        self._lots += self._deaths.lots(worker.tries, list(worker.given.values()), f"the worker {how}")
+        warnings.warn(f"{who} {how}; another one begins in its place", stacklevel=2)
+        self._workers[worker.number] = self._begin(worker.number)
 
 
 def _work(connection: Connection, loader: Loader, form: Form, ahead: int | None) -> None:
