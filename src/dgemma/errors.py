@@ -27,3 +27,7 @@ class QueueFull(CapacityError):
 
 class Draining(DGemmaError):
     """The engine finishes what runs and takes no new requests."""
+
+
+class WorkerLost(RuntimeError):
+    """What answered for this process has ended, by itself or by another's hand; nobody's request is wrong."""

@@ -12,9 +12,10 @@ from fakes import FakeModel
 from lines import assert_all_answered, dump, read, request, write
 
 from dgemma.batch import BatchSettings, run
-from dgemma.batch.deaths import Deaths, WorkerLost
+from dgemma.batch.deaths import Deaths
 from dgemma.batch.form import Form
 from dgemma.batch.source import Record
+from dgemma.errors import WorkerLost
 
 pytestmark = pytest.mark.filterwarnings("ignore:worker . of 2 ended")
 

@@ -91,6 +91,19 @@ def test_one_of_two_is_killed_in_the_middle(tmp_path: Path, ray: Any) -> None:
     assert ray.is_initialized()  # it was there before
 
 
+def test_a_request_that_kills_every_worker_fails_alone(tmp_path: Path, ray: Any) -> None:
+    asked = [request(n, "KILL" if n == 60 else None) for n in range(100)]
+    write(tmp_path / "in.jsonl", asked)
+    summary = start(tmp_path)
+    assert (summary.done, summary.failed) == (99, 1)
+    assert_all_answered(tmp_path / "out.jsonl", asked[:60] + asked[61:])
+    (line,) = read(tmp_path / "out.errors.jsonl")
+    error = line["response"]["body"]["error"]
+    assert (line["line"], line["custom_id"], error["code"]) == (61, "r60", "internal_error")
+    assert error["message"] == "the worker died each of the 3 times that it had this request"
+    assert 3 <= len(list((tmp_path / "marks").iterdir())) <= 5  # two at first, and three have died
+
+
 def test_stopped_and_resumed(tmp_path: Path, ray: Any) -> None:
     asked = [request(n) for n in range(300)]
     write(tmp_path / "in.jsonl", asked)

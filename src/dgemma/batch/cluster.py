@@ -22,8 +22,9 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DGemmaError
+from ..errors import ConfigError, DGemmaError, WorkerLost
 from .answer import Outcome
+from .deaths import Deaths
 from .form import Form, Request
 from .source import Record
 
@@ -38,11 +39,14 @@ LINGER = 0.5  # seconds that a block waits to be filled
 TICK = 0.2  # seconds between two looks at the caller's wishes
 REACH = 5.0  # seconds for an answer from the address
 SLOW = 60.0  # seconds without a worker, after which it is said what they wait for
+LOOK = 10.0  # seconds between two looks for workers that say nothing
+LOST = 60.0  # seconds without a sign of a worker, after which others get what it had
+GONE = 600.0  # seconds without a sign of any, after which the run ends
 PATIENT = {"health_check_failure_threshold": 100}  # a machine that slept for minutes is not a dead one
 STORE = 512 << 20  # bytes of memory for blocks, in a cluster of our own
 
 
-class ClusterLost(RuntimeError):
+class ClusterLost(WorkerLost):
     """The cluster, or what this run had on it, has ended."""
 
 
@@ -110,6 +114,8 @@ class Crew:
         self._size = size if left is None else max(1, min(size, math.ceil(left / count)))
         self._most = count * self._size * (blocks.AT_ONCE + blocks.SPARE) if ahead is None else count * ahead
         self._given: dict[int, int] = {}  # requests of each block that is not answered
+        self._deaths = Deaths(form)
+        self._looked = time.monotonic()
         self._next = self._open = 0
         device = "cuda" if gpus else "cpu"
         load = partial(cluster.load, device=device, threads=cluster.threads if gpus else cpus)
@@ -144,7 +150,10 @@ class Crew:
     def __len__(self) -> int:
         return self._open + len(self._block) + len(self._ready)
 
-    held = 0  # a worker keeps nothing back once it has answered a block
+    @property
+    def held(self) -> int:
+        """See `Answerer.held`."""
+        return len(self._deaths.held)
 
     @property
     def full(self) -> bool:
@@ -165,18 +174,19 @@ class Crew:
 
         Raises:
             ConfigError: a worker has another model than the others.
-            ClusterLost: the cluster has ended.
+            WorkerLost: the cluster has ended, no worker is left, or they die of all that they get.
             Exception: a worker's engine has failed.
         """
         if self._block and time.monotonic() - self._since > LINGER:
             self._flush()
         if not self._ready:
+            self._look()
             self._hear(timeout)
         return self._ready.pop() if self._ready else None
 
     def rest(self) -> list[Outcome]:
         """See `Answerer.rest`."""
-        rest, self._ready = self._ready, []
+        rest, self._ready = self._ready + self._deaths.answered(), []
         return rest
 
     def close(self) -> None:
@@ -193,11 +203,51 @@ class Crew:
         block, self._block, self._bytes = self._block, [], 0
         self._give(block)
 
-    def _give(self, block: list[Record]) -> None:
-        self._given[self._next] = len(block)
+    def _give(self, records: list[Record], tries: int = 0) -> None:
+        self._given[self._next] = len(records)
         self._next += 1
-        self._open += len(block)
-        self._shelf.put.remote(pickle.dumps(block))
+        self._open += len(records)
+        self._shelf.put.remote(pickle.dumps((tries, records)))
+
+    def _take(self, number: int) -> bool:
+        """Whether a block was still missing, which it is not any more."""
+        self._shelf.drop.remote(number)
+        count = self._given.pop(number, None)
+        self._open -= count or 0
+        return count is not None
+
+    def _look(self) -> None:
+        """Gives others what silent workers have, which Ray keeps for them as long as it hopes for their return."""
+        import ray
+
+        from . import blocks
+
+        if time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        try:
+            silence, lost = ray.get(self._shelf.missing.remote(LOST), timeout=REACH)
+        except ray.exceptions.GetTimeoutError:
+            return  # this machine is busy
+        except Exception as error:
+            raise _in_a_line(error) from error
+        if silence > GONE:
+            gone = sorted({node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]})
+            where = f" (nodes that have gone: {', '.join(gone)})" if gone else ""
+            raise ClusterLost(
+                f"no worker was heard of for {silence:.0f} s{where}, {self._open:,} requests are unanswered; the same "
+                "command goes on when the cluster has room for workers again"
+            )
+        if silence > LOST:
+            return  # nobody is there to take them
+        for number, begun, block in lost:
+            tries, records = blocks.read_block(block)
+            if self._take(number) and records:
+                self._again(tries, records, died=begun)
+
+    def _again(self, tries: int, records: list[Record], *, died: bool = True) -> None:
+        for cost, lot in self._deaths.lots(tries, records, "the worker died") if died else [(tries, records)]:
+            self._give(lot, cost)
 
     def _hear(self, timeout: float | None) -> None:
         try:
@@ -216,9 +266,13 @@ class Crew:
                 warnings.warn(text, stacklevel=2)
         elif self._digest != reply.digest:
             raise ConfigError(f"model: its weights on node {reply.node} are not those of the other nodes")
-        self._shelf.drop.remote(reply.number)
-        self._open -= self._given.pop(reply.number, 0)
+        if not self._take(reply.number):
+            return  # others have its requests
         self._ready += reply.outcomes
+        if any(outcome.ok for outcome in reply.outcomes):
+            self._ready += self._deaths.answered()
+        if reply.again is not None:
+            self._again(*reply.again)
 
     def _listen(self, answers: Callable[[], Iterator[Reply]]) -> None:
         try:

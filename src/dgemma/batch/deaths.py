@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..errors import WorkerLost
 from ..protocol import ApiError
 from .answer import SUSPECTS, Outcome, refused
 from .form import Form, Refusal
 from .source import Record
 
 TRIES = 3  # workers that a request may take with it, the last one alone
-
-
-class WorkerLost(RuntimeError):
-    """A process that answered has ended by itself, or by another's hand."""
 
 
 class Deaths:

@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WorkerLost
 from .answer import Answerer, Outcome, try_defaults
-from .deaths import Deaths, WorkerLost
+from .deaths import Deaths
 from .form import Form, Request
 from .source import Record
 from .weights import weights

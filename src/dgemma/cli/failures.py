@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import click
 
-from ..errors import DGemmaError
+from ..errors import DGemmaError, WorkerLost
 from .terminal import say, visible
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -95,6 +95,8 @@ def describe(error: Exception) -> str:
     if isinstance(error, DGemmaError):
         name, colon, rest = str(error).partition(":")
         return f"{FLAGS[name]}:{rest}" if colon and name in FLAGS else str(error)
+    if isinstance(error, WorkerLost):
+        return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of memory; a smaller --canvas-length or --max-new-tokens, or a quantised model, needs less ({error})"
