@@ -8,11 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import os
 import pickle
-import signal
-import socket
-import sys
 import threading
 import time
 import warnings
@@ -20,30 +16,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, DGemmaError, WorkerLost
 from .answer import Outcome
 from .deaths import Deaths
 from .form import Form, Request
+from .joining import AUTO, LOCAL, REACH, connect, last_line, reach
 from .source import Record
 
 if TYPE_CHECKING:
     from ..api import Model
     from .blocks import Reply
 
-LOCAL, AUTO = "local", "auto"
 LEAST = 32  # requests of a block, where there are so many
 BYTES = 8 << 20  # of a block
 LINGER = 0.5  # seconds that a block waits to be filled
 TICK = 0.2  # seconds between two looks at the caller's wishes
-REACH = 5.0  # seconds for an answer from the address
 SLOW = 60.0  # seconds without a worker, after which it is said what they wait for
 LOOK = 10.0  # seconds between two looks for workers that say nothing
 LOST = 60.0  # seconds without a sign of a worker, after which others get what it had
 GONE = 600.0  # seconds without a sign of any, after which the run ends
-PATIENT = {"health_check_failure_threshold": 100}  # a machine that slept for minutes is not a dead one
-STORE = 512 << 20  # bytes of memory for blocks, in a cluster of our own
 
 
 class ClusterLost(WorkerLost):
@@ -83,7 +76,7 @@ class Cluster:
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: {value} is not a number of at least 1")
         if self.address not in (LOCAL, AUTO):
-            _reach(self.address)
+            reach(self.address)
 
     def start(self, form: Form, ahead: int | None = None, left: int | None = None) -> Crew:
         """Workers for so many requests (None: nobody knows).
@@ -98,7 +91,7 @@ class Crew:
     """What `Pool` is, by workers on a cluster."""
 
     def __init__(self, cluster: Cluster, form: Form, ahead: int | None, left: int | None):
-        self._own = _connect(cluster.address)
+        self._own = connect(cluster.address)
         from . import blocks
 
         self._closed = False
@@ -121,7 +114,8 @@ class Crew:
         load = partial(cluster.load, device=device, threads=cluster.threads if gpus else cpus)
         self._shelf = blocks.shelf()
         answers = partial(blocks.replies, self._shelf, load, form, ahead, count, cpus, gpus)
-        threading.Thread(target=self._listen, args=(answers,), name="dgemma-cluster", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(answers,), name="dgemma-cluster", daemon=True)
+        self._thread.start()
 
     def wait(self, tick: Callable[[], bool]) -> str | None:
         """Waits until one worker has loaded; see `Pool.wait`.
@@ -196,6 +190,8 @@ class Crew:
 
         with contextlib.suppress(Exception):
             ray.get(self._shelf.end.remote(), timeout=REACH)
+        if not self._open:
+            self._thread.join(REACH)
         if self._own:
             ray.shutdown()
 
@@ -300,71 +296,10 @@ def share(nodes: list[dict[str, float]], cluster: Cluster) -> tuple[int, int, in
     return count, cluster.threads or max(fits, default=1), 0
 
 
-def _connect(address: str) -> bool:
-    """Joins the cluster; whether this is to be undone."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster of our own; 15 is Ray's choice
-    import logging
-
-    import ray
-
-    if ray.is_initialized():
-        return False
-    more: dict[str, Any] = (
-        {"include_dashboard": False, "object_store_memory": STORE, "_system_config": PATIENT}
-        if address == LOCAL
-        else {}
-    )
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with _silence():
-            # Workers' output is not ours: it would be among the answers on stdout.
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **more)
-    except Exception as error:
-        hint = ""
-        if isinstance(error, ConnectionError) and address != AUTO and "RAY_AUTH_MODE" not in os.environ:
-            hint = "; if it has a token, as Ray's clusters do by default, set RAY_AUTH_MODE=token"
-        raise ConfigError(f"ray: no cluster at {address!r} ({_last_line(error)}{hint})") from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
-    import ray.data
-
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    return True
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing on stderr: what Ray's C++ says there when it starts has no level that could be set."""
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
 def _nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _reach(address: str) -> None:
-    """Raises ConfigError where nobody answers; Ray itself would try for a minute."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or "://" in host:
-        raise ConfigError(f"ray: {address!r} is not local, auto or host:port")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH).close()
-    except OSError as error:
-        raise ConfigError(f"ray: no cluster at {address!r} ({error.strerror or error})") from None
 
 
 def _on(node: str, error: Exception) -> Exception:
@@ -376,9 +311,4 @@ def _on(node: str, error: Exception) -> Exception:
 
 def _in_a_line(error: BaseException) -> Exception:
     """What Ray raised, without its pages of explanation."""
-    return ClusterLost(f"the cluster failed ({type(error).__name__}: {_last_line(error)})")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return ClusterLost(f"the cluster failed ({type(error).__name__}: {last_line(error)})")
