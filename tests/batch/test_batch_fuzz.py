@@ -2,89 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fakes import FakeModel
-from lines import dump, expected, read, request, text_of, write
+from fuzz import assert_accounted_for, mixed
 
 from dgemma.batch import BatchSettings, run
 
-LINES = int(os.environ.get("DGEMMA_FUZZ_LINES", "4000"))  # 100,000 take some minutes
-RUBBISH = [
-    b"\xff",
-    b"\0",
-    b"{",
-    b"}",
-    b'"',
-    b"\\",
-    b",",
-    b"[",
-    b"null",
-    b"1e999",
-    b"\xed\xa0\x80",
-    b"\x1b[31m",
-    b" ",
-    b":",
-]
-
-
-def broken(rng: random.Random, line: dict[str, Any]) -> bytes:
-    """A line that is no request, or not one that can be honoured."""
-    raw = dump(line)
-    body = line["body"]
-    ways: list[Callable[[], bytes]] = [
-        lambda: raw[: rng.randrange(1, len(raw))],
-        lambda: raw + b"}",
-        lambda: b"".join(rng.choices(RUBBISH, k=rng.randrange(1, 9))) + b"!",
-        lambda: raw.replace(b"say", b"\xff"),
-        lambda: dump(
-            {**line, rng.choice(["custom_id", "method", "url", "body"]): rng.choice([None, 3, [], {}, "", True])}
-        ),
-        lambda: dump({key: value for key, value in line.items() if key != rng.choice(list(line))} | {"x": 1}),
-        lambda: dump({**line, "body": {**body, rng.choice(["stream", "logprob", "temperature", "messages"]): "yes"}}),
-        lambda: dump({**line, "body": {**body, "model": "other"}}),
-        lambda: dump({**line, "body": {**body, "messages": [{"role": rng.choice(["user", "x"]), "content": 3}]}}),
-        lambda: dump({**line, "body": {**body, "n": rng.choice([0, -1, 1.5, 10**30])}}),
-        lambda: dump({**line, "body": {**body, "messages": [{"role": "user", "content": "TOOLONG"}]}}),
-        lambda: dump({**line, "body": {**body, "messages": [{"role": "user", "content": "NAN"}]}}),
-        lambda: rng.choice([b"[" * 5000, b"9" * 5000, b'{"a":' * 300, b"NaN", b"true", b'"text"', b"[]", b"{}"]),
-    ]
-    return rng.choice(ways)().replace(b"\n", b" ")
+LINES = 4000  # benchmarks/batch_fuzz.py does it with 100,000
 
 
 def test_every_line_is_accounted_for(tmp_path: Path) -> None:
-    rng = random.Random(LINES)
-    good: dict[int, dict[str, Any]] = {}
-    bad: set[int] = set()
-    lines: list[bytes] = []
-    for number in range(1, LINES + 1):
-        kind = rng.random()
-        if kind < 0.02:
-            lines.append(rng.choice([b"", b"  ", b"\t", b"\r"]))
-        elif kind < 0.5:
-            good[number] = request(number, max_tokens=rng.choice([None, 1, 9]), n=rng.choice([None, 1, 2]))
-            lines.append(dump(good[number]))
-        elif kind < 0.52 and good:
-            bad.add(number)
-            lines.append(dump({**request(number), "custom_id": rng.choice(list(good.values()))["custom_id"]}))
-        else:
-            bad.add(number)
-            lines.append(broken(rng, request(number)))
-    write(tmp_path / "in.jsonl", lines)
+    good, bad = mixed(tmp_path / "in.jsonl", LINES)
     settings = BatchSettings(source=tmp_path / "in.jsonl", target=tmp_path / "out.jsonl", sync_seconds=0.1)
     summary = run(settings, FakeModel())
-    answers, failures = read(tmp_path / "out.jsonl"), read(tmp_path / "out.errors.jsonl")
-    assert (summary.done, summary.failed) == (len(answers), len(failures))
-    assert sorted(line["line"] for line in failures) == sorted(bad)
-    assert sorted(int(line["id"][-12:]) for line in answers) == sorted(good)
-    for line in answers:
-        asked = good[int(line["id"][-12:])]
-        assert line["custom_id"] == asked["custom_id"] and text_of(line) == expected(asked)
-    for line in failures:
-        assert line["error"] or line["response"]["status_code"] != 200
-        assert "\x1b" not in json.dumps(line, ensure_ascii=False)
+    assert (summary.done, summary.failed) == (len(good), len(bad))
+    assert_accounted_for(tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl", good, bad)
