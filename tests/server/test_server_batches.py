@@ -16,7 +16,20 @@ import pytest
 from batches import CHAT, FAKES, LONG, SOURCE, content, create, ended, line, said, upload
 from servers import Running, until
 
+from dgemma.params import SamplingParams
 from dgemma.server import runner
+
+LONGEST = SamplingParams(max_new_tokens=900, min_tokens=900)
+
+
+def assert_counted(batch: Any, answers: dict[str, Any]) -> None:
+    """The batch's usage is the sum of its answers'."""
+    usages = [one["response"]["body"]["usage"] for one in answers.values()]
+    read = [usage.get("prompt_tokens", usage.get("input_tokens")) for usage in usages]
+    given = [usage.get("completion_tokens", usage.get("output_tokens")) for usage in usages]
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (sum(read), sum(given))
+    assert batch.usage.total_tokens == sum(read) + sum(given) > 0
+    assert batch.usage.output_tokens_details.reasoning_tokens == 0
 
 
 def test_a_batch_from_its_upload_to_its_end(begin: Callable[..., Running], tmp_path: Path) -> None:
@@ -48,11 +61,9 @@ def test_a_batch_from_its_upload_to_its_end(begin: Callable[..., Running], tmp_p
     counts = done.request_counts
     assert (counts.total, counts.completed, counts.failed) == (15, 8, 7)
     answers, errors = content(client, done.output_file_id), content(client, done.error_file_id)
-    usages = [one["response"]["body"]["usage"] for one in answers.values()]
-    assert done.usage.input_tokens == sum(usage["prompt_tokens"] for usage in usages) > 0
-    assert done.usage.output_tokens == sum(usage["completion_tokens"] for usage in usages) > 0
-    assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
     assert set(answers) == {f"r{number}" for number in range(8)}
+    assert_counted(done, answers)
+    assert batch.usage is None and done.usage.input_tokens_details.cached_tokens >= 0
     for number in (1, 3, 5):
         response = server.http.post(CHAT, json=good[number]["body"]).json()
         assert said(answers[f"r{number}"]) == response["choices"][0]["message"]["content"]
@@ -88,6 +99,7 @@ def test_other_endpoints(begin: Callable[..., Running], url: str) -> None:
     lines.append(line(3, url=url, previous_response_id="resp_1", **more))
     done = ended(client, create(client, lines, url))
     assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 3, 1)
+    assert_counted(done, content(client, done.output_file_id))
     for one in content(client, done.output_file_id).values():
         assert one["response"]["body"]["object"] == ("response" if url == "/v1/responses" else "text_completion")
 
@@ -105,10 +117,31 @@ def test_cancelling(begin: Callable[..., Running]) -> None:
     answers = content(client, done.output_file_id)
     assert len(answers) == done.request_counts.completed < 40 and "r0" in answers
     none = client.batches.retrieve(waiting.id)
-    assert (none.output_file_id, none.error_file_id) == (None, None)
+    assert (none.output_file_id, none.error_file_id, none.usage) == (None, None, None)
+    assert_counted(done, answers)
     for batch in (running, waiting):
         with pytest.raises(openai.ConflictError, match="cannot be cancelled"):
             client.batches.cancel(batch.id)
+    assert ended(client, create(client, [line(0)])).status == "completed"
+
+
+def test_cancelling_while_the_line_is_full(begin: Callable[..., Running]) -> None:
+    """It takes no place in it, and does not wait for one."""
+    server = begin()
+    client = server.client()
+    waiting = [server.model.submit("hello", LONGEST) for _ in range(4 + 64)]
+    batch = create(client, [line(number) for number in range(5)])
+    until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    time.sleep(0.2)
+    client.batches.cancel(batch.id)
+    started = time.monotonic()
+    done = ended(client, batch)
+    assert (done.status, done.request_counts.completed, done.output_file_id) == ("cancelled", 0, None)
+    assert time.monotonic() - started < 5
+    status = server.model.status()
+    assert status.queued + status.running > 60  # it is still as full
+    for ticket in waiting:
+        ticket.cancel()
     assert ended(client, create(client, [line(0)])).status == "completed"
 
 
@@ -130,6 +163,7 @@ def test_a_restart_in_the_middle(begin: Callable[..., Running]) -> None:
     assert done.in_progress_at == begun.in_progress_at
     answers = content(client, done.output_file_id)
     assert len(answers) == 40
+    assert_counted(done, answers)  # those of both servers
     for number in (0, 17, 39):
         response = server.http.post(CHAT, json=lines[number]["body"]).json()
         assert said(answers[f"r{number}"]) == response["choices"][0]["message"]["content"]
