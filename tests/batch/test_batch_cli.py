@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,30 @@ def test_lines_in_a_log_are_few(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 and lines[0].startswith("loading: ") and "61 of 2,000 done" in lines[3]
     assert words_of(progress(stage="checking", done=0), None) == ["2,000 lines", "3 failed"]
+
+
+@pytest.mark.parametrize("price", ["nan", "inf"])
+def test_a_price_that_is_none(invoke: Invoke, tmp_path: Path, price: str) -> None:
+    write(tmp_path / "in.jsonl", [request(0)])
+    done = invoke("in.jsonl", "out.jsonl", "--price-per-hour", price)
+    assert (done.exit_code, done.stderr) == (2, f"error: --price-per-hour: {price} is no price\n")
+
+
+def test_another_kind_of_file_beside_a_state(invoke: Invoke, tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"prompt": ["hello"]}), tmp_path / "in.parquet")
+    assert invoke("in.parquet", "out.jsonl").exit_code == 0
+    done = invoke("in.parquet", "out.parquet")
+    assert done.exit_code == 2 and "wrote another kind of file; name another one, or --restart" in done.stderr
+    assert len(read(tmp_path / "out.jsonl")) == 1
+
+
+def test_a_stdout_that_is_closed(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [request(0)])
+    command = f"exec {sys.executable} {Path(__file__).parent / 'fakes.py'} batch in.jsonl - >&-"
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), str(Path(__file__).parent)])
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, b"error: stdout: there is none to write to\n")

@@ -298,6 +298,11 @@ def _compare(target: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
             continue
         if name == "input":
             raise ConfigError(f"{target}: was begun with another content of the input; --restart begins anew")
+        if name == "keep":
+            raise ConfigError(
+                f"{target}: the run whose state is beside it wrote another kind of file; name another one, or "
+                "--restart begins anew"
+            )
         if name == "sampling":
             old = before.get(name) or {}
             name = next(key for key in {**value, **old} if old.get(key) != value.get(key))

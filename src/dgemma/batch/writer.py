@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from ..errors import ConfigError
 from .append import Sink
 
 WAITING = 4096  # lines that wait for the disk at most; then whoever makes more waits
@@ -102,8 +103,13 @@ class Stdout:
     """Lines to whoever reads stdout.
 
     Raises:
-        BrokenPipeError: nobody does any more.
+        ConfigError: it was closed from the start.
+        BrokenPipeError: nobody reads it any more.
     """
+
+    def __init__(self) -> None:
+        if sys.stdout is None:
+            raise ConfigError("stdout: there is none to write to")
 
     def write(self, lines: bytes) -> None:
         """Takes whole lines, and they go out at once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -107,6 +108,8 @@ def batch(ctx: click.Context, files: tuple[str, ...], **values: Any) -> None:
         raise BadInput(f"{'OUT' if files else 'IN'}: missing; `dgemma batch IN OUT`")
     if len(files) > 2:
         raise BadInput(f"unexpected argument {files[2]!r}; `dgemma batch IN OUT` takes two files, --merge takes more")
+    if values["price_per_hour"] is not None and not math.isfinite(values["price_per_hour"]):
+        raise BadInput(f"--price-per-hour: {values['price_per_hour']} is no price")
     if values["as_json"] and files[1] == STREAM:
         raise BadInput("--json: stdout is where the answers go; name a file for OUT")
     summary = _run(_settings(files, values), values)
