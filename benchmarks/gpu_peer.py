@@ -56,19 +56,15 @@ def _model(layers: int, tiny: bool, device: torch.device) -> Any:
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if tiny else torch.bfloat16)
+    torch.manual_seed(0)
     try:
-        with torch.device("meta"):
+        with torch.device(device):  # its buffers are computed there; weights are drawn anew below
             model = DiffusionGemmaForBlockDiffusion(config)
     finally:
         torch.set_default_dtype(before)
-    model = model.to_empty(device=device)
-    model.tie_weights()
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.normal_(std=weight.shape[-1] ** -0.5)
         else:
             weight.data.fill_(1.0)
-    for name, buffer in model.named_buffers():
-        if not name.endswith("inv_freq") and buffer.is_floating_point():
-            buffer.data.fill_(1.0)
     return model.eval()

@@ -34,6 +34,24 @@ def test_choices_have_reasons() -> None:
     assert all("measured" in choice.reason for choice in gpu.CHOICES.values())
 
 
+def test_old_cards_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 8.0 there are no kernels at all, below 8.9 none for FP8; AMD's cards count otherwise."""
+    network = torch.nn.Linear(32, 32)
+    assert gpu.missing(network) is None
+    fp8 = weight("fp8", 16, 32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert gpu.missing(network) == "Tesla T4 has compute capability 7.5, and the kernels need 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert gpu.missing(network) is None
+    assert gpu.choose("linear", fp8).way == gpu.PLAIN and "8.9" in gpu.choose("linear", fp8).reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu.choose("linear", fp8).way == gpu.LIBRARY
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert gpu.choose("linear", fp8).way == gpu.TRITON
+
+
 @pytest.mark.parametrize("form", ["float32", "int4-32"])
 def test_vocabulary(form: str) -> None:
     """A table that the kernels take, and one that they do not."""

@@ -22,6 +22,7 @@ from .packed import Packed
 from .plain import Weight
 from .wish import Wish
 
+LEAST_CAPABILITY, FP8_CAPABILITY, ANY_CAPABILITY = (8, 0), (8, 9), (99, 0)
 TRITON, LIBRARY, PLAIN = "triton", "library", "plain"
 
 
@@ -65,6 +66,8 @@ def choose(operation: str, weight: Weight | None = None) -> Choice:
     if weight is not None and not _fits(weight, operation):
         return Choice(PLAIN, "the kernels have no product for groups of this size")
     choice = CHOICES.get((operation, form), Choice(PLAIN, "there is no kernel for weights of this form"))
+    if form == "fp8" and _capability() < FP8_CAPABILITY:
+        return Choice(PLAIN, "products in FP8 need compute capability 8.9")
     if (operation, form) == ("linear", "fp8") and not _scaled_products():
         return Choice(TRITON, "torch._scaled_mm by row needs CUDA and a card of compute capability 9.0 or later")
     return choice
@@ -74,6 +77,9 @@ def missing(network: torch.nn.Module) -> str | None:
     """Why the kernels cannot run a whole network; None if they can."""
     if not available():
         return "there is no Triton, or nothing to run it on"
+    if _capability() < LEAST_CAPABILITY:
+        major, minor = _capability()
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and the kernels need 8.0"
     for path, module in network.named_modules():
         for name, weight in {**module._parameters, **vars(module)}.items():
             if not isinstance(weight, Tensor | Quantized | Packed) or len(weight.shape) < 2:
@@ -187,6 +193,12 @@ def _fits(weight: Weight, operation: str) -> bool:
     return fits(weight) and (operation != "vocabulary" or by_row)
 
 
-@functools.cache
+def _capability() -> tuple[int, int]:
+    """The card's compute capability; of the interpreter and of AMD's cards, which count otherwise, any."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return ANY_CAPABILITY
+    return torch.cuda.get_device_capability()
+
+
 def _scaled_products() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return torch.cuda.is_available() and torch.version.hip is None and _capability() >= (9, 0)
