@@ -5,7 +5,7 @@
     python benchmarks/gpu_check.py --tiny                a dry run at tiny sizes, on a CPU in Triton's interpreter
 
     kernels       each kernel's result against plain torch, and its time beside a library's and the memory's floor
-    engine        the demo model: the CPU's texts, in float32
+    engine        the demo model: the CPU's texts, in float32, also with experts in host memory
     steps         a whole step of the 26B by format, requests at once and prefix; share of its floor; the memory peak
     protocol      16 fixed steps a canvas, 1,024 tokens in and out, 1 and 8 at once; the same weights autoregressively
     transformers  its compiled `generate` with a static cache, bfloat16, the same protocol, one at a time
@@ -20,6 +20,7 @@ benchmarks/results/; the last line of output is one JSON object.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import multiprocessing
 import os
@@ -44,6 +45,9 @@ from record import Results
 from dgemma.engine import Engine, EngineSettings
 from dgemma.engine.card import CardForward
 from dgemma.engine.forward import Work
+from dgemma.model import Network
+from dgemma.model.moe import Experts
+from dgemma.model.offload import ExpertStream
 
 SECTIONS = ("kernels", "engine", "steps", "protocol", "transformers")
 LAYERS = 30
@@ -137,20 +141,39 @@ def engine(check: Check) -> None:
             Engine(own, None, EngineSettings(kernels=way, cache_tokens=512, page_size=16))
             for way in ("triton", "torch")
         ]
-        found, wanted = (
+        pair.insert(1, Engine(_streamed(own), None, pair[0].settings))
+        found, offloaded, wanted = (
             [_finish(e.submit(ask(config, p, seed=n, new=8, steps=2)))[0] for n, p in enumerate(prompts)] for e in pair
         )
     else:
         card = dgemma.load("demo", device="cuda", dtype="float32", engine=EngineSettings(kernels="triton"))
         host = dgemma.load("demo", device="cpu", dtype="float32")
+        away = dgemma.load("demo", device="cuda", dtype="float32", engine=EngineSettings(kernels="triton"),
+                           offload="experts")  # fmt: skip
+        assert away.network.expert_stream is not None
+        away.network.expert_stream.begin()  # from here on nothing moves to a card that has room
         prompts = [e.prompt for family in ("sums", "sorting", "records", "calendar") for e in held_out(family, 8, 0)]
         params = [dgemma.SamplingParams(seed=n, max_new_tokens=128) for n in range(len(prompts))]
-        found, wanted = (
-            [result.tokens for result in model.map(zip(prompts, params, strict=True))] for model in (card, host)
+        found, offloaded, wanted = (
+            [result.tokens for result in model.map(zip(prompts, params, strict=True))] for model in (card, away, host)
         )
     same = sum(a == b for a, b in zip(found, wanted, strict=True))
     check.say(f"engine: {same} of {len(wanted)} answers are the CPU's", section="engine", same=same, of=len(wanted))
     check.figures["engine_same"] = f"{same}/{len(wanted)}"
+    alike = sum(a == b for a, b in zip(offloaded, found, strict=True))
+    check.say(
+        f"engine: {alike} of {len(found)} answers with experts in host memory are those without",
+        section="engine", offload_same=alike, of=len(found),
+    )  # fmt: skip
+    check.figures["offload_same"] = f"{alike}/{len(found)}"
+
+
+def _streamed(network: Network) -> Network:
+    """A copy whose experts are streamed, on a CPU."""
+    own = copy.deepcopy(network)
+    experts = [module for module in own.modules() if isinstance(module, Experts)]
+    own.expert_stream = ExpertStream(experts, own.device)
+    return own
 
 
 def steps(check: Check) -> None:

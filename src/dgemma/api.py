@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint
 from .config import ModelConfig
-from .devices import device_of, devices_of
+from .devices import check_offload, device_of, devices_of
 from .diffusion.generate import canvas_length, check_tokens
 from .engine import Engine, EngineSettings, Request, Status, Team, Ticket, answers
 from .errors import CapacityError, CheckpointError, ConfigError, RequestError
@@ -340,6 +340,7 @@ def load(
     threads: int | None = None,
     engine: EngineSettings | None = None,
     tensor_parallel: int = 1,
+    offload: str | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -350,13 +351,13 @@ def load(
             of less than a billion weights or one in few bits, where two bytes a number save little and cost time.
         threads: CPU threads to compute with; None leaves torch's choice.
         engine: how many requests run at once, and how much memory they may take.
-        tensor_parallel: processes that hold the network together, one a GPU (or all on the CPU); the others are started
-            here, and end with `Model.close` or this process. The caller's main module must be importable.
+        tensor_parallel: processes that share the network, until `Model.close`; the main module must be importable.
+        offload: "experts": those that a GPU has no room for stay in host memory, and are streamed to it; None: none do.
 
     Raises:
         ConfigError: an argument or `config.json` has a bad value.
         CheckpointError: files are missing, damaged or contradictory.
-        CapacityError: the weights do not fit the device's memory.
+        CapacityError: the weights do not fit the device's memory, or the host's.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}")
@@ -366,6 +367,7 @@ def load(
         torch.set_num_threads(threads)
     devices = [device] if tensor_parallel == 1 else devices_of(device, tensor_parallel)
     place = device_of(devices[0])
+    check_offload(offload, place, tensor_parallel)
     directory = checkpoint.resolve(name)
     config = ModelConfig.read(directory / "config.json")
     generation = GenerationConfig.read(directory / "generation_config.json")
@@ -374,10 +376,12 @@ def load(
     weights = DTYPES.get(dtype, torch.float32 if wide else checkpoint.config_dtype(config))
     team = None if tensor_parallel == 1 else Team(directory, config, generation, devices, weights)
     try:
-        network = team.load() if team else checkpoint.load_network(directory, config, device=place, dtype=weights)
+        network = team.load() if team else checkpoint.load_network(
+            directory, config, device=place, dtype=weights, offload=offload is not None
+        )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
-        size = config.total_parameters() * weights.itemsize / 1e9
-        raise CapacityError(f"{directory}: {size:.1f} GB of weights do not fit the memory of {place}") from None
+        mend = "" if team or offload or place.type == "cpu" else '; offload="experts" (--offload experts) needs less'
+        raise CapacityError(f"{directory}: its weights do not fit the memory that {place} has free{mend}") from None
     network.generation = generation
     return Model(os.fspath(name), directory, network.eval().requires_grad_(False), engine, team)
 

@@ -44,3 +44,23 @@ def devices_of(name: str, ranks: int) -> list[str]:
     if ranks > torch.cuda.device_count():
         raise ConfigError(f"tensor_parallel: {ranks} ranks need as many GPUs; torch sees {torch.cuda.device_count()}")
     return [f"cuda:{rank}" for rank in range(ranks)]
+
+
+def check_offload(offload: str | None, device: torch.device, ranks: int) -> None:
+    """Refuses an offload that makes no sense.
+
+    Args:
+        offload: what stays in host memory; None: nothing.
+        ranks: of the network.
+
+    Raises:
+        ConfigError: it is of something else than experts, from a CPU, or of a network in parts.
+    """
+    if offload is None:
+        return
+    if offload != "experts":
+        raise ConfigError(f"offload: {offload!r} is not 'experts'")
+    if ranks > 1:
+        raise ConfigError("offload: a network in parts has all of its experts on its GPUs; drop one of the two")
+    if device.type != "cuda":
+        raise ConfigError("offload: on a CPU all weights are in host memory; drop it, or choose a GPU as the device")

@@ -1,11 +1,14 @@
-"""How much memory there is, and how much this process has used at most."""
+"""How much memory there is, how much this process has used at most, and who gets what where experts are offloaded."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+BUFFERS = 2  # on a device, that layers' experts are streamed through in turns
 
 
 def peak_memory_bytes() -> int:
@@ -32,6 +35,32 @@ def machine_memory() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return total
+
+
+def streamed_bytes(weights: int, experts: Sequence[int]) -> int:
+    """What a device holds of a network while all experts are in host memory.
+
+    Args:
+        weights: bytes of all weights.
+        experts: those of each layer's experts, which are among them.
+    """
+    return weights - sum(experts) + sum(sorted(experts)[-1:]) * min(BUFFERS, len(experts))
+
+
+def resident_layers(experts: Sequence[int], room: int) -> int:
+    """How many of the first layers' experts a device keeps, with room for the buffers of those that it does not.
+
+    Args:
+        experts: bytes of each layer's experts.
+        room: bytes for experts and buffers together.
+    """
+    if sum(experts) <= room:
+        return len(experts)
+    left, count = room - BUFFERS * max(experts), 0
+    while experts[count] <= left:
+        left -= experts[count]
+        count += 1
+    return count
 
 
 def _windows_memory() -> int | None:

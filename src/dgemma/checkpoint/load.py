@@ -15,8 +15,10 @@ from ..config import ModelConfig
 from ..errors import CapacityError, CheckpointError, ConfigError
 from ..kernels import cpu
 from ..kernels.packed import CHUNK, can_pack
-from ..memory import machine_memory
+from ..memory import machine_memory, streamed_bytes
 from ..model import Network
+from ..model.moe import Experts
+from ..model.offload import ExpertStream, shelved
 from ..model.ranks import Ranks
 from ..quant import Quantized, quantize
 from ..quant.codec import decode, plain_part
@@ -37,6 +39,7 @@ def load_network(
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
     ranks: Ranks | None = None,
+    offload: bool = False,
 ) -> Network:
     """Builds the network and fills it from the directory's safetensors files, strictly and in bounded memory.
 
@@ -52,12 +55,14 @@ def load_network(
             (`config.dtype`).
         dequantize: make weights in few bits floating-point, for training and comparisons.
         ranks: for a network in parts, this process's place: of each matrix only its own part is kept.
+        offload: leave the experts in host memory, as they are on disk, and stream them to the device
+            (`model/offload.py`); not for a network in parts, nor one that is made floating-point.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or type, differs from the tensor it is
             a copy of, or a norm, scalar or scale is not finite; or a file is damaged. Names the tensor and the file.
         ConfigError: `quantization_config` is missing, or describes what is not read.
-        CapacityError: the weights do not fit the device's memory; said before any of it is taken.
+        CapacityError: the weights do not fit the device's memory, or the host's; said before any of it is taken.
 
     Warns:
         VisionIgnored: once, when the files also hold weights for images.
@@ -67,14 +72,17 @@ def load_network(
     network = empty_network(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = take_inventory(Path(directory), config, shapes)
-    _check_room(found, device, dtype, dequantize, 1 if ranks is None else ranks.size)
+    assert not (offload and (ranks or dequantize))
+    away = {name for name in found.weights if _is_experts(name)} if offload else set()
+    _check_room(found, device, dtype, dequantize, 1 if ranks is None else ranks.size, offload)
     if ranks is not None:
         network = empty_network(config, ranks)
     found.check_copies()
     converted = {
         name
         for name, weight in found.weights.items()
-        if weight.layout is None and (device.type != "cpu" or TYPES[weight.pieces[0].plain.dtype] != dtype)
+        if weight.layout is None
+        and (device.type != "cpu" or name in away or TYPES[weight.pieces[0].plain.dtype] != dtype)
     }
     largest = max((piece.plain.nbytes for name in converted for piece in found.weights[name].pieces), default=0)
     # One buffer for all tensors that are not used as they are: many that come and go would leave holes in the heap.
@@ -83,7 +91,9 @@ def load_network(
     order = sorted(found.weights.items(), key=lambda item: item[1].pieces[0].first)
     for (name, weight), (_, following) in zip(order, [*order[1:], order[-1]], strict=True):
         expect(entry for piece in following.pieces for entry in piece.parts.values())
-        if ranks is not None:
+        if name in away:
+            _put(network, name, shelved(_away(weight, buffer, dtype), device))
+        elif ranks is not None:
             _put(network, name, _part(weight, name, ranks, device, dtype))
         elif weight.layout is None:
             _put(network, name, _floating(weight, buffer if name in converted else None, device, dtype))
@@ -95,6 +105,9 @@ def load_network(
         else:
             held = _quantized(weight, device)
             _put(network, name, cpu.pack(held) if device.type == "cpu" else held)
+    if offload:
+        experts = [module for module in network.modules() if isinstance(module, Experts)]
+        network.expert_stream = ExpertStream(experts, device)
     if found.vision:
         warnings.warn(
             f"{directory}: left {len(found.vision)} tensors for images on disk; text works, images do not",
@@ -163,16 +176,45 @@ def read_quantized(piece: Piece, target: Quantized | None = None) -> Quantized:
         raise CheckpointError(f"{next(iter(piece.parts.values())).path}: {piece.module}.{error}") from None
 
 
-def _check_room(found: Inventory, device: torch.device, dtype: torch.dtype, dequantize: bool, ranks: int) -> None:
+def _is_experts(name: str) -> bool:
+    return name.split(".")[-2:-1] == ["experts"]
+
+
+def _check_room(
+    found: Inventory, device: torch.device, dtype: torch.dtype, dequantize: bool, ranks: int, offload: bool
+) -> None:
     """Refuses what cannot fit, before anything is allocated."""
-    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
-    needed = sum(weight.memory(dtype.itemsize, dequantize) for weight in found.weights.values()) // ranks
-    if room is not None and needed > room:
-        name = str(dtype).removeprefix("torch.")
-        mend = "" if found.quantized and not dequantize else "; `dgemma quantize` makes a copy that needs less"
+    machine = machine_memory()
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine
+    layers: dict[str, int] = {}
+    for name, weight in found.weights.items():
+        layer = name.rpartition(".")[0] if _is_experts(name) else ""
+        layers[layer] = layers.get(layer, 0) + weight.memory(dtype.itemsize, dequantize)
+    needed, experts = sum(layers.values()) // ranks, [size for layer, size in layers.items() if layer]
+    streamed = streamed_bytes(needed, experts)
+    kind = str(dtype).removeprefix("torch.")
+    mend = "" if found.quantized and not dequantize else "; `dgemma quantize` makes a copy that needs less"
+    if offload and machine is not None and sum(experts) > machine:
         raise CapacityError(
-            f"{found.directory}: its weights need {needed / 1e9:.1f} GB ({name}), {device} has {room / 1e9:.1f}{mend}"
+            f"{found.directory}: its experts need {sum(experts) / 1e9:.1f} GB ({kind}) of host memory, this machine "
+            f"has {machine / 1e9:.1f}{mend}"
         )
+    if offload:
+        needed, kind = streamed, f"{kind}, experts of two layers at a time"
+    elif device.type == "cuda" and ranks == 1 and not dequantize and room is not None and streamed <= room:
+        mend = f'; offload="experts" (--offload experts) needs {streamed / 1e9:.1f} there{mend}'
+    if room is not None and needed > room:
+        raise CapacityError(
+            f"{found.directory}: its weights need {needed / 1e9:.1f} GB ({kind}), {device} has {room / 1e9:.1f}{mend}"
+        )
+
+
+def _away(weight: Weight, buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | Quantized:
+    """A weight in host memory, for a device that takes it as it is."""
+    host = torch.device("cpu")
+    if weight.layout is None:
+        return _floating(weight, buffer, host, dtype)
+    return _quantized(weight, host, packed=False)
 
 
 def _part(
@@ -207,13 +249,17 @@ def _floating(weight: Weight, buffer: torch.Tensor | None, device: torch.device,
     return whole
 
 
-def _quantized(weight: Weight, device: torch.device) -> Quantized:
-    """A weight in few bits, put together from its experts."""
+def _quantized(weight: Weight, device: torch.device, *, packed: bool = True) -> Quantized:
+    """A weight in few bits, put together from its experts.
+
+    Args:
+        packed: whether it is for the CPU's kernels, if it is on a CPU.
+    """
     whole: Quantized | None = None
     for piece in weight.pieces:
         target = None if whole is None else whole[piece.where]
         matrix = read_quantized(piece, target if device.type == "cpu" else None)
-        if device.type == "cpu" and not can_pack(matrix):
+        if device.type == "cpu" and packed and not can_pack(matrix):
             spread = matrix.floating or matrix.shape[-1] % CHUNK != 0
             matrix = quantize(matrix.dequantize(), bits=8, group=None if spread else CHUNK, search=False)
         if len(weight.pieces) == 1:

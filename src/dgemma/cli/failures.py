@@ -31,6 +31,7 @@ FLAGS = {
     "dtype": "--dtype",
     "threads": "--threads",
     "tensor_parallel": "--tensor-parallel",
+    "offload": "--offload",
     "model": "--model",
     "think": "--think",
     "raw": "--raw",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OFFLOADS = ("experts",)
 MAX_THREADS = 1024
 
 # flag's parameter name -> SamplingParams field
@@ -45,6 +46,8 @@ MODEL_FLAGS = (
     click.option("--threads", type=click.IntRange(1, MAX_THREADS), metavar="N", help="CPU threads to compute with."),
     click.option("--tensor-parallel", type=click.IntRange(1, 8), default=1, metavar="N",
                  help="Processes that hold the model together, one a GPU.  [default: 1]"),
+    click.option("--offload", type=click.Choice(OFFLOADS),
+                 help="Keep in host memory what a GPU has no room for, and stream it there in each step."),
 )  # fmt: skip
 
 SEED_FLAG = click.option("--seed", type=int, metavar="N", help="Same seed, same answer; left out, one is drawn.")
@@ -134,4 +137,5 @@ def open_model(values: Mapping[str, Any]) -> Model:
 def load_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say of how a model is loaded, as `dgemma.load` takes it."""
     settings = {name: values[name] for name in ("device", "dtype", "threads")}
-    return settings if values["tensor_parallel"] == 1 else {**settings, "tensor_parallel": values["tensor_parallel"]}
+    given = {"tensor_parallel": values["tensor_parallel"], "offload": values["offload"]}
+    return settings | {name: value for name, value in given.items() if value not in (1, None)}

@@ -12,13 +12,14 @@ import torch
 
 from ..errors import CapacityError, ConfigError, Draining, QueueFull
 from ..kernels.gpu import missing
-from ..memory import machine_memory, peak_memory_bytes
+from ..memory import peak_memory_bytes
 from ..model import Network
 from ..text import Tokenizer
 from .forward import Forward, Work
 from .pages import Pages
+from .room import keep_experts, plan_cache
 from .row import Request, Row
-from .settings import MEMORY_SHARE, EngineSettings, Status
+from .settings import EngineSettings, Status
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,9 @@ class Engine:
         self.settings = settings = settings or EngineSettings()
         context = network.config.max_position_embeddings
         self.limit = min(settings.max_model_len or context, context)
-        self.pages = _plan_cache(network, settings, self.limit, room)
+        self.pages = plan_cache(network, settings, self.limit, room)
         self._forward = _forward(network, self.pages, settings, self.limit)
+        keep_experts(network, settings)
         self._news: list[Row | Ticket] = []  # submitted, and cancelled, since the last step
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []
@@ -319,43 +321,6 @@ def _forward(network: Network, pages: Pages, settings: EngineSettings, limit: in
         raise ConfigError(f"kernels: 'triton' cannot be had: {lack}")
     log.warning("no kernels for this GPU, the slower way of torch is taken: %s", lack)
     return Forward(network, pages)
-
-
-def _plan_cache(network: Network, settings: EngineSettings, limit: int, room: tuple[int, int] | None) -> Pages:
-    """As many pages as `room` says; else for `max_batch` requests of full length, or for as many as a share of the free
-    memory holds; at least one.
-
-    Raises:
-        CapacityError: `cache_tokens` is less than one request may need.
-    """
-    config, size = network.config, settings.page_size
-    if room is not None:
-        return Pages(size=size, window=config.sliding_window, full=room[0], sliding=room[1])
-    width = [2 * shape.kv_heads * shape.head_dim * network.dtype.itemsize * size for shape in config.layers]
-    per_full = sum(w for w, shape in zip(width, config.layers, strict=True) if not shape.sliding)
-    per_sliding = sum(w for w, shape in zip(width, config.layers, strict=True) if shape.sliding)
-    pages = Pages(size=size, window=config.sliding_window, full=0, sliding=0)
-    chunk = max(settings.step_tokens, config.canvas_length)
-    # Twice what is in use, so that what the window has left behind stays findable for a while.
-    full, sliding = -(-limit // size), 2 * min(-(-limit // size), pages.sliding_needed(chunk))
-    if settings.cache_tokens is not None:
-        if settings.cache_tokens < size:
-            raise CapacityError(f"cache_tokens: {settings.cache_tokens} is less than one page of {size}")
-        rows = settings.max_batch
-        full = settings.cache_tokens // size
-        return Pages(size=size, window=config.sliding_window, full=full, sliding=min(full, rows * sliding))
-    each = full * per_full + sliding * per_sliding
-    rows = max(1, min(settings.max_batch, _memory(network, settings) // each))
-    return Pages(size=size, window=config.sliding_window, full=rows * full, sliding=rows * sliding)
-
-
-def _memory(network: Network, settings: EngineSettings) -> int:
-    """Bytes that the cache may take."""
-    if network.device.type == "cuda":
-        config = network.config
-        scores = settings.max_batch * config.canvas_length * config.vocab_size * network.dtype.itemsize
-        return max(0, int(0.9 * torch.cuda.mem_get_info(network.device)[0]) - scores)
-    return int(MEMORY_SHARE * (machine_memory() or 0))
 
 
 def _peak(network: Network) -> int:

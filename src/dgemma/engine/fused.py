@@ -133,6 +133,8 @@ class Fused:
     def run(self, x: Tensor, layout: Layout) -> Tensor:
         """All layers and the final norm: [T, H] -> [T, H]."""
         blocks = self._blocks
+        if self.network.expert_stream is not None:
+            self.network.expert_stream.begin()
         shapes = dict.fromkeys(self.network.config.layers)
         turns = {shape: rotation(layout.positions, shape, x.dtype) for shape in shapes}
         rows = torch.arange(len(x), device=x.device) >= layout.encoded
@@ -147,7 +149,7 @@ class Fused:
             h, dense, mixed, routed = layer.enter(seen, x, norm, (*before, block.router.scale), self.eps)
             scores = gpu.linear(routed, block.router.proj.weight)
             way = routing.route(scores, block.router.top_k, block.router.per_expert_scale)
-            room = expert_outputs(mixed, way.order, way.offsets, block.experts.gate_up_proj, block.experts.down_proj)
+            room = expert_outputs(mixed, way.order, way.offsets, *block.experts.held())
             behind = (
                 _scale(block.post_feedforward_layernorm_1),
                 _scale(block.post_feedforward_layernorm_2),

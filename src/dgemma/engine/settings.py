@@ -21,7 +21,8 @@ class EngineSettings:
         step_tokens: prompt tokens that are encoded in one step, of all requests together.
         page_size: tokens a page of the cache.
         cache_tokens: tokens that the cache holds in full layers; None for what `max_batch` requests of full length
-            need, as far as a fifth of the machine's memory goes (nine tenths of what a GPU has free).
+            need, as far as a fifth of the machine's memory goes (nine tenths of what a GPU has free; half of that where
+            experts are offloaded).
         prefix_reuse: whether what is encoded once is used again for requests that begin the same.
         kernels: "auto": on a GPU those for it if they take all of the network's weights, with canvases that stay on
             the card; "triton": those, or an error (with Triton's interpreter also on a CPU); "torch": none of them.

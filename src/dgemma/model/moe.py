@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels import cpu
+from ..quant import Quantized
 from .linear import Linear, linear
 from .mlp import gated_gelu
 from .norm import RMSNorm
 from .ranks import Ranks
 from .view import View
+
+if TYPE_CHECKING:
+    from .offload import ExpertStream
 
 
 class Router(nn.Module):
@@ -38,12 +44,13 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E gated feed-forwards with fused weights: `gate_up_proj` [E, 2I, H] (gate rows first), `down_proj` [E, H, I].
 
-    Of a network in parts, some of all experts.
+    Of a network in parts, some of all experts. Where there is a stream, the weights are in host memory.
     """
 
     def __init__(self, config: ModelConfig, ranks: Ranks | None = None):
         super().__init__()
         self.ranks = ranks
+        self.stream: ExpertStream | None = None
         self.first, end = (0, config.num_experts) if ranks is None else ranks.experts
         count, hidden, width = end - self.first, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
@@ -62,15 +69,20 @@ class Experts(nn.Module):
         ours = (here >= 0) & (here < self.gate_up_proj.shape[0])
         return self.ranks.total(self._own(x, torch.where(ours, weights, 0), torch.where(ours, here, 0)))
 
+    def held(self) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+        """Both weights where the network is, until the next layer asks for its own. Once a forward."""
+        return (self.gate_up_proj, self.down_proj) if self.stream is None else self.stream.lend(self)
+
     def _own(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        if not isinstance(self.gate_up_proj, Tensor) and x.device.type == "cpu":
-            return cpu.experts(x, weights, experts, self.gate_up_proj, self.down_proj)
+        gate_up, down = self.held()
+        if not isinstance(gate_up, Tensor) and not isinstance(down, Tensor) and x.device.type == "cpu":
+            return cpu.experts(x, weights, experts, gate_up, down)
         tokens, k = experts.shape
         order = torch.argsort(experts.flatten(), stable=True)
-        counts = torch.bincount(experts.flatten(), minlength=self.gate_up_proj.shape[0]).tolist()
+        counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()
         rows = x.index_select(0, order // k).split(counts)
         outputs = [
-            linear(gated_gelu(*linear(group, self.gate_up_proj[index]).chunk(2, dim=-1)), self.down_proj[index])
+            linear(gated_gelu(*linear(group, gate_up[index]).chunk(2, dim=-1)), down[index])
             for index, group in enumerate(rows)
             if len(group)
         ]

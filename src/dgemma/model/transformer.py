@@ -16,6 +16,7 @@ from .block import Block
 from .linear import combine, linear, lookup
 from .mlp import MLP
 from .norm import RMSNorm
+from .offload import ExpertStream
 from .ranks import Ranks
 from .self_conditioning import SelfConditioning
 from .view import Cache, DenoiseView, EncodeView, View
@@ -34,6 +35,7 @@ class Network(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks | None = None):
         super().__init__()
         self.ranks = ranks
+        self.expert_stream: ExpertStream | None = None  # where the experts stay in host memory
         self.config = config = config if ranks is None else ranks.own
         self.generation = GenerationConfig()  # the checkpoint's defaults, set by whoever loads one
         first, end = (0, config.vocab_size) if ranks is None else ranks.words
@@ -92,6 +94,8 @@ class Network(nn.Module):
 
     def run(self, x: Tensor, view: View) -> Tensor:
         """All layers and the final norm: [B, S, H] -> [B, S, H]."""
+        if self.expert_stream is not None:
+            self.expert_stream.begin()
         for layer in self.layers:
             x = layer(x, view)
         return self.norm(x)
