@@ -27,6 +27,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from dgemma.model.offload import ExpertStream
 
 SECTIONS = ("kernels", "engine", "steps", "protocol", "transformers")
 LAYERS = 30
+PROFILED, PROFILE_STEPS = (1, 8), 3
 BATCHES, PREFIXES = (1, 2, 4, 8, 16), (256, 1024, 8192, 32_768)
 TARGETS = {"fp8": ("S3", 10.0), "int4": ("S4", 7.0)}  # ms a step, one request, 1,024 tokens before it
 
@@ -66,7 +68,7 @@ class Check:
         self.figures: dict[str, Any] = {}
         self.left_out: list[str] = []
         self.layers = 2 if self.tiny else LAYERS
-        self.batches, self.prefixes = ((2,), (8, 24)) if self.tiny else (BATCHES, PREFIXES)
+        self.batches, self.prefixes = ((2,), (8, 24)) if self.tiny else (options.batches, options.prefixes)
         self.bandwidth = self._copy_rate()
 
     def say(self, text: str, **record: Any) -> None:
@@ -107,7 +109,7 @@ def kernels(check: Check) -> None:
     wrong, ratios = [], {}
     for canvases in (1,) if check.tiny else (1, 8):
         make = Maker(check.device, torch.float32 if check.tiny else torch.bfloat16)
-        for case in cases(config, make, canvases):
+        for case in (case for own in cases(config, make, canvases) for case in own()):
             if not check.time_for(f"kernel {case.name}", 60):
                 continue
             off = gap(case.ours(), case.twin())
@@ -205,6 +207,8 @@ def steps(check: Check) -> None:
                         section="steps", form=form, batch=batch, prefix=prefix, seconds=seconds, floor_seconds=floor,
                         weights_bytes=nbytes(network), peak_gb=check.peak(),
                     )  # fmt: skip
+                    if batch in PROFILED and prefix == 1024:
+                        _profile(check, name, forward, rows)
                     for row in rows:
                         row.leave()
             del forward
@@ -215,6 +219,21 @@ def steps(check: Check) -> None:
         check.figures[name] = {"ms": own, "target_ms": target}
     near, far = found.get("fp8 x1 after 256"), found.get("fp8 x1 after 8192")
     check.figures["S6"] = {"ratio": round(far / near, 3) if near and far else None, "target": 1.25}
+
+
+def _profile(check: Check, name: str, forward: CardForward, rows: list[Any]) -> None:
+    """Where a step's time goes on the card, kernel by kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    works = [Work(row=row, encode=0, denoise=True) for row in rows]
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(PROFILE_STEPS):
+            forward.run(works)
+    found = [(e.key, e.count // PROFILE_STEPS, e.device_time_total / PROFILE_STEPS) for e in seen.key_averages()]
+    found.sort(key=lambda one: -one[2])
+    check.results.add(section="profile", name=name, kernels=found)
+    told = "\n".join(f"  {spent:8.0f} us {count:5} x {kernel[:90]}" for kernel, count, spent in found[:24])
+    sys.stderr.write(f"{name}: {sum(spent for _, _, spent in found) / 1e3:.2f} ms in kernels\n{told}\n")
 
 
 def _step_seconds(check: Check, forward: CardForward, rows: list[Any]) -> float:
@@ -336,11 +355,33 @@ def _warm_one(form: str, batches: tuple[int, ...], prefixes: tuple[int, ...]) ->
             _finish(ticket)
 
 
+def warm_kernels() -> None:
+    """The same for the kernels one by one, a process for some of them each."""
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    count = len(cases(config_of(2, tiny=False), Maker(torch.device("cuda"), torch.bfloat16), 1))
+    running = [context.Process(target=_warm_kernel, args=(number,)) for number in range(count)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    sys.stderr.write(f"compiled in {time.monotonic() - started:.0f} s\n")
+
+
+def _warm_kernel(number: int) -> None:
+    for canvases in (1, 8):
+        for case in cases(config_of(2, tiny=False), Maker(torch.device("cuda"), torch.bfloat16), canvases)[number]():
+            case.ours()
+            torch.cuda.synchronize()
+
+
 def main() -> int:
     """Runs the sections; 1 if a kernel is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["fp8", "int4", "bfloat16", "int8"])
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="requests at once, for steps")
+    parser.add_argument("--prefixes", type=int, nargs="+", default=list(PREFIXES), help="tokens before, for steps")
     parser.add_argument("--seconds", type=float, default=560, help="after which nothing new is begun")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that all of it runs")
     parser.add_argument("--out", type=Path, default=None, help="folder for results")
@@ -352,6 +393,8 @@ def main() -> int:
     chosen = options.sections or list(SECTIONS)
     if not check.tiny and {"steps", "protocol"} & set(chosen):
         warm(check.forms, check.batches, check.prefixes)
+    if not check.tiny and "kernels" in chosen:
+        warm_kernels()
     run: dict[str, Callable[[Check], None]] = {
         "kernels": kernels, "engine": engine, "steps": steps, "protocol": protocol, "transformers": transformers,
     }  # fmt: skip
@@ -360,6 +403,7 @@ def main() -> int:
         try:
             run[section](check)
         except Exception as error:  # one section that fails must not lose what the others found
+            traceback.print_exc()
             check.figures.setdefault("failed", {})[section] = f"{type(error).__name__}: {error}"
             sys.stderr.write(f"{section}: {type(error).__name__}: {error}\n")
         check.figures.setdefault("seconds", {})[section] = round(time.monotonic() - started, 1)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,16 +45,19 @@ class Case:
 
 
 def timed(run: Callable[[], Any], device: torch.device, repeats: int = 15) -> float:
-    """Seconds, the median; on a card with cold caches and by its own clock."""
+    """Seconds, the median; on a card with cold caches and by its own clock, as a graph where it can be one: what the
+    host takes to launch is not in it."""
     run()
     seconds = []
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-    for _ in range(repeats):
-        if flush is None:
+    if device.type != "cuda":
+        for _ in range(repeats):
             started = time.perf_counter()
             run()
             seconds.append(time.perf_counter() - started)
-            continue
+        return statistics.median(seconds)
+    run = recorded(run)
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    for _ in range(repeats + 1):
         flush.zero_()
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
@@ -61,7 +65,20 @@ def timed(run: Callable[[], Any], device: torch.device, repeats: int = 15) -> fl
         after.record()
         after.synchronize()
         seconds.append(before.elapsed_time(after) / 1e3)
-    return statistics.median(seconds)
+    return statistics.median(seconds[1:])
+
+
+def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A replay of what it does on the card; itself where it waits for the card."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return run
+    return lambda: (graph.replay(), kept)
 
 
 def gap(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
@@ -97,26 +114,25 @@ class Maker:
         return quantize(values.float(), bits=int(form[3:]), group=group, search=False)
 
 
-def cases(config: ModelConfig, make: Maker, canvases: int) -> Iterator[Case]:
-    """Every kernel at a step's sizes, for some canvases at once."""
-    tokens, hidden = canvases * config.canvas_length, config.hidden_size
+def cases(config: ModelConfig, make: Maker, canvases: int) -> list[Callable[[], Iterator[Case]]]:
+    """Every kernel at a step's sizes, for some canvases at once; each call draws what its cases need."""
+    hidden = config.hidden_size
     tolerance = TOLERANCE[make.dtype]
-    x = make.numbers(tokens, hidden)
+    x = make.numbers(canvases * config.canvas_length, hidden)
+    found: list[Callable[[], Iterator[Case]]] = []
     for form in FORMS:
         own = FP8_TOLERANCE if form == "fp8" else tolerance
-        yield _linear(make, form, x, 4096 if hidden > 1000 else 48, own)
-        yield _experts(config, make, form, x, own)
-    yield from _layer(config, make, x, tolerance)
-    for shape in dict.fromkeys(config.layers):
-        yield from _attention(config, shape, make, canvases, tolerance)
-    for form in FORMS[:3]:
-        yield _vocabulary(config, make, form, x)
+        found.append(partial(_linear, make, form, x, 4096 if hidden > 1000 else 48, own))
+        found.append(partial(_experts, config, make, form, x, own))
+    found.append(partial(_layer, config, make, x, tolerance))
+    found += [partial(_attention, config, shape, make, canvases, tolerance) for shape in dict.fromkeys(config.layers)]
+    return found + [partial(_vocabulary, config, make, form, x) for form in FORMS[:3]]
 
 
-def _linear(make: Maker, form: str, x: Tensor, outputs: int, tolerance: float) -> Case:
+def _linear(make: Maker, form: str, x: Tensor, outputs: int, tolerance: float) -> Iterator[Case]:
     weight = make.weight(form, outputs, x.shape[1])
     dense = make.weight("bfloat16", outputs, x.shape[1])
-    return Case(
+    yield Case(
         name=f"linear {form}, {len(x)} rows",
         ours=lambda: (gpu.linear(x, weight),),
         twin=lambda: (plain.linear(x, weight),),
@@ -126,7 +142,7 @@ def _linear(make: Maker, form: str, x: Tensor, outputs: int, tolerance: float) -
     )
 
 
-def _experts(config: ModelConfig, make: Maker, form: str, x: Tensor, tolerance: float) -> Case:
+def _experts(config: ModelConfig, make: Maker, form: str, x: Tensor, tolerance: float) -> Iterator[Case]:
     count, k, width = config.num_experts, config.top_k_experts, config.moe_intermediate_size
     gate_up = make.weight(form, count, 2 * width, x.shape[1])
     down = make.weight(form, count, x.shape[1], width)
@@ -140,7 +156,7 @@ def _experts(config: ModelConfig, make: Maker, form: str, x: Tensor, tolerance: 
             gates, up = torch._grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, dim=-1)
             return torch._grouped_mm(F.gelu(gates, approximate="tanh") * up, down.mT, offs=ends)
 
-    return Case(
+    yield Case(
         name=f"experts {form}, {len(x)} rows",
         ours=lambda: (experts.weighted_sum(experts.expert_outputs(x, order, offsets, gate_up, down), weights),),
         twin=lambda: (plain.experts(x, weights, chosen, gate_up, down),),
@@ -272,7 +288,7 @@ def _attention(
         )
 
 
-def _vocabulary(config: ModelConfig, make: Maker, form: str, x: Tensor) -> Case:
+def _vocabulary(config: ModelConfig, make: Maker, form: str, x: Tensor) -> Iterator[Case]:
     table = make.weight(form, config.vocab_size, config.hidden_size)
     wish = Wish(heat=0.8, cap=config.final_logit_softcapping)
     rows = x[: config.canvas_length]
@@ -294,7 +310,7 @@ def _vocabulary(config: ModelConfig, make: Maker, form: str, x: Tensor) -> Case:
             soft.append(((weights / totals).to(part.dtype) @ entries).float())
         return torch.cat(found), torch.cat(soft)
 
-    return Case(
+    yield Case(
         name=f"vocabulary {form}",
         ours=ours,
         twin=twin,

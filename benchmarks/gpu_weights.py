@@ -57,7 +57,7 @@ def network_of(config: ModelConfig, form: str, device: torch.device, *, seed: in
         layout = layouts.get(kind_of(name) or "")
         if layout is not None:
             del owner._parameters[last]
-            setattr(owner, last, _quantized(layout.bits, layout.group, form == "fp8", shape, generator))
+            setattr(owner, last, random_quantized(layout.bits, layout.group, form == "fp8", shape, generator))
             continue
         if len(shape) == 1:
             values = 1 + 0.1 * torch.randn(shape, generator=generator, device=device)
@@ -75,9 +75,10 @@ def nbytes(network: Network) -> int:
     return sum(held) + sum(p.nbytes for p in network.parameters())
 
 
-def _quantized(
+def random_quantized(
     bits: int, group: int | None, floating: bool, shape: tuple[int, ...], generator: torch.Generator
 ) -> Quantized:
+    """A weight drawn as it is held, on the generator's device, of about 1 / sqrt(inputs)."""
     device, (*rows, width) = generator.device, shape
     if floating:
         data: Tensor = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)

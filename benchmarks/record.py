@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,15 @@ def environment() -> dict[str, Any]:
     """Versions, commit, threads."""
     packages = ("torch", "transformers", "numpy", "dgemma")
     versions = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
     return {
         "hardware": hardware(),
         "python": platform.python_version(),
         "packages": versions,
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
