@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dgemma.config import AttentionShape, ModelConfig
 from dgemma.kernels import gpu, plain, reference
 from dgemma.kernels.triton import attention, experts, layer, routing, vocabulary
+from dgemma.kernels.triton.common import operand
 from dgemma.kernels.wish import Wish
 from dgemma.model.norm import RMSNorm
 from dgemma.model.rope import rotate, rotation
@@ -199,10 +200,19 @@ def _layer(config: ModelConfig, make: Maker, x: Tensor, tolerance: float) -> Ite
         out = residual.float() + rms(rms(dense, norms[4]) + rms(mixed, norms[5]), norms[6])
         return out * scalars.float(), rms(out * scalars.float(), norms[0])
 
-    each = scalars.expand(tokens).contiguous()
+    each, plainly = scalars.expand(tokens).contiguous(), operand(x)
+
+    def entering() -> tuple[Tensor, ...]:
+        h, dense, mixed, routed = layer.enter(x, residual, norms[0], norms[1:4], eps, (plainly, plainly))
+        return h, dense.values, mixed.values, routed
+
+    def leaving() -> tuple[Tensor, ...]:
+        out, normed = layer.leave(residual, dense, room, weights, norms[4:7], each, norms[0], eps, plainly)
+        return out, normed.values
+
     yield Case(
         name="enter",
-        ours=lambda: layer.enter(x, residual, norms[0], norms[1:4], eps),
+        ours=entering,
         twin=entered,
         library=entered,
         moved=5 * x.nbytes,
@@ -210,7 +220,7 @@ def _layer(config: ModelConfig, make: Maker, x: Tensor, tolerance: float) -> Ite
     )
     yield Case(
         name="leave",
-        ours=lambda: layer.leave(residual, dense, room, weights, norms[4:7], each, norms[0], eps),  # type: ignore[arg-type,return-value]
+        ours=leaving,
         twin=left,
         library=left,
         moved=room.nbytes + 4 * x.nbytes,
@@ -232,6 +242,10 @@ def _attention(
     norms = make.numbers(shape.head_dim), make.numbers(shape.head_dim)
     turn = rotation(torch.arange(tokens, device=make.device), shape, make.dtype)
     flat = tuple(part.squeeze(1) for part in turn)
+    projected, plainly = (
+        torch.cat([part.flatten(1) for part in (queries, keys, values)], dim=1),
+        operand(queries.flatten(1)),
+    )
 
     def rms(x: Tensor, weight: Tensor | None) -> Tensor:
         own = RMSNorm(shape.head_dim, config.rms_norm_eps, scaled=weight is not None)
@@ -248,7 +262,7 @@ def _attention(
     yield Case(
         name=f"heads, {kind}",
         ours=lambda: layer.heads(
-            queries, keys, values, *norms, flat, config.rms_norm_eps, slots=nowhere, pool=(pool, pool)  # type: ignore[arg-type]
+            projected, shape.heads, *norms, flat, config.rms_norm_eps, slots=nowhere, pool=(pool, pool)  # type: ignore[arg-type]
         ),
         twin=twin,
         library=twin,
@@ -276,11 +290,11 @@ def _attention(
 
         def sdpa(asked: Tensor = asked, known: Tensor = known, held: Tensor = held) -> tuple[Tensor, ...]:
             out = F.scaled_dot_product_attention(asked, known, held, scale=1.0, enable_gqa=True)
-            return (out.transpose(1, 2).flatten(0, 1),)
+            return (out.transpose(1, 2).flatten(0, 1).flatten(1),)
 
         yield Case(
             name=f"attend, {kind}, prefix {prefix}",
-            ours=lambda laid=laid, pools=pools: (attention.attend(queries, keys, values, *pools, laid),),
+            ours=lambda laid=laid, pools=pools: attention.attend(queries, keys, values, *pools, laid, plainly)[:1],
             twin=sdpa,
             library=sdpa,
             moved=known.nbytes + held.nbytes,

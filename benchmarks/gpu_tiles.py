@@ -13,10 +13,12 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,10 @@ from gpu_weights import config_of, random_quantized
 from record import Results
 from torch import Tensor
 
-from dgemma.kernels import plain
+from dgemma.config import AttentionShape
+from dgemma.kernels import gpu, plain
 from dgemma.kernels.triton import attention, experts, linear, tiles, vocabulary
+from dgemma.kernels.triton.common import Operand, operand
 from dgemma.kernels.triton.tiles import Tile
 from dgemma.quant import Quantized
 
@@ -36,6 +40,7 @@ CONFIG = config_of(6, tiny=False)
 DEVICE = torch.device("cuda")
 OPERATIONS = ("linear", "gate_up", "down", "attend", "scores", "blend")
 FORMS = ("fp8", "int4", "int8", "bfloat16")
+Ints = tuple[int, ...]
 
 
 class Case(NamedTuple):
@@ -54,9 +59,7 @@ class Case(NamedTuple):
     moved: int
 
 
-def grid(
-    rows: tuple[int, ...], columns: tuple[int, ...], inner: tuple[int, ...], *shapes: tuple[int, int]
-) -> list[Tile]:
+def grid(rows: Ints, columns: Ints, inner: Ints, *shapes: tuple[int, int]) -> list[Tile]:
     """All combinations; `shapes` are warps and stages."""
     return [
         Tile(rows=r, columns=c, inner=k, warps=w, stages=s)
@@ -91,16 +94,21 @@ def cases(operation: str, form: str, tokens: int) -> Iterator[Case]:
 
 
 def _linear(form: str, tokens: int) -> Iterator[Case]:
-    for outputs, inputs in ((4096, 2816), (2112, 2816), (2816, 4096)):
-        x, own = numbers(tokens, inputs), weight(form, outputs, inputs)
-        taken = tiles.product(tokens, form, 64 if form == "int4" else 0, outputs)
-        inner = (64,) if form == "int4" else (128, 256) if form == "fp8" else (64, 128)
-        trials = grid((64, 128), (64, 128), inner, (4, 3), (4, 4), (8, 3), (8, 4))
-        ready = linear.activations(x, linear.operand(own))
+    """A layer's dense matrices, as they are merged; with a library's product as the tile of no rows."""
+    for outputs, inputs in ((8192, 2816), (2816, 4096), (4224, 2816), (2816, 2112)):
+        own = operand(weight(form, outputs, inputs))
+        ready = linear.ready(numbers(tokens, inputs), own)
+        inner = (own.span,) if own.span else (128,) if form == "fp8" else (64,)
+        shapes = ((4, 2), (4, 3), (8, 2), (8, 3)) if form == "int4" else ((4, 4), (8, 4))
+
+        def run(tile: Tile, own: Operand = own, ready: linear.Ready = ready) -> Any:
+            if tile.rows:
+                return linear.product(ready, own, torch.bfloat16, tile)
+            return gpu.product(ready, own, torch.bfloat16)
+
         yield Case(
-            f"linear {form} {outputs}x{inputs}, {tokens} rows",
-            lambda tile, x=x, own=own, ready=ready: linear.linear(x, own, tile=tile, ready=ready),
-            taken, trials, own.nbytes,
+            f"linear {form} {outputs}x{inputs}, {tokens} rows", run, Tile(rows=0, columns=0),
+            grid((64, 128, 256) if form == "int4" else (64, 128), (64, 128), inner, *shapes), own.data.nbytes,
         )  # fmt: skip
 
 
@@ -110,25 +118,22 @@ def _experts(operation: str, form: str, tokens: int) -> Case:
     x = numbers(tokens, hidden)
     _, chosen = torch.topk(torch.randn(tokens, count, device=DEVICE), k, dim=-1)
     order, offsets = plain.group(chosen, count)
-    one, two = experts._tiles(tokens * k // count, linear.operand(gate_up), linear.operand(down))
-    rows = (16, 32) if tokens <= 256 else (64, 128)
-    shapes = ((4, 3), (4, 4), (4, 6), (8, 3), (8, 4))
-    if operation == "gate_up":
-        inner = {"fp8": (128, 256), "int4": (64,)}.get(form, (64, 128))
-        columns = (64,) if form == "fp8" else (32, 64)
+    one, two = experts.pair(tokens * k // count, operand(gate_up), operand(down))
+    first, few = operation == "gate_up", tokens <= 256
+    rows = (16, 32) if few else (64, 128)
+    if form == "int4":
+        trials = grid(rows, (32, 64) if first else (64, 128), (256,), (4, 2), (4, 3), (8, 2), (8, 3))
     else:
-        inner = {"fp8": (64,), "int4": (64,)}.get(form, (64, 128))
-        columns = (64, 128)
-    first = operation == "gate_up"
+        inner = (64,) if not first or form != "fp8" else (128, 256) if few else (128,)
+        columns = ((64,) if form == "fp8" else (32, 64)) if first else (64, 128)
+        trials = grid(rows, columns, inner, (4, 3), (4, 4), (8, 3), (8, 4), *(((4, 6),) if few else ()))
 
     def run(tile: Tile) -> Tensor:
         pair = (tile, two) if first else (one, tile)
         return experts.expert_outputs(x, order, offsets, gate_up, down, tiles=pair)
 
-    return Case(
-        f"{operation} {form}, {tokens} tokens", run, one if first else two, grid(rows, columns, inner, *shapes),
-        gate_up.nbytes + down.nbytes,
-    )  # fmt: skip
+    own = one if first else two
+    return Case(f"{operation} {form}, {tokens} tokens", run, own, trials, gate_up.nbytes + down.nbytes)
 
 
 @contextmanager
@@ -143,36 +148,37 @@ def taking(name: str, tile: Tile) -> Iterator[None]:
 
 
 def _attend(tokens: int) -> Iterator[Case]:
-    length = CONFIG.canvas_length
-    canvases = tokens // length
+    """Canvases behind prefixes; here `inner` of a tile is the number of parts that keys are split in."""
     for shape in dict.fromkeys(CONFIG.layers):
-        window = CONFIG.sliding_window if shape.sliding else None
-        q, k, v = (numbers(tokens, n, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
         for prefix in (1024,) if shape.sliding else (1024, 8192):
-            count = prefix // length
-            pools = [numbers(canvases * count, shape.kv_heads, length, shape.head_dim) for _ in range(2)]
-            lines = [list(range(n * count, (n + 1) * count)) for n in range(canvases)]
+            yield _attend_after(shape, prefix, tokens)
 
-            def run(
-                tile: Tile, *, shape=shape, prefix=prefix, q=q, k=k, v=v, pools=pools, lines=lines, window=window
-            ) -> Any:
-                with taking("attention", tile):
-                    laid = plans.get((shape, prefix, tile))
-                    if laid is None:
-                        laid = plans[shape, prefix, tile] = attention.plan(
-                            [(prefix, length, False)] * canvases, lines, group=shape.heads // shape.kv_heads,
-                            head_dim=shape.head_dim, kv_heads=shape.kv_heads, window=window, device=DEVICE,
-                            splits=tile.inner or None,
-                        )  # fmt: skip
-                    return attention.attend(q, k, v, *pools, laid)
 
-            plans: dict[Any, attention.Plan] = {}
-            rows = (64, 128) if shape.head_dim > 256 else (64, 128)
-            trials = grid(rows, (32, 64), (1, 4), (4, 2), (8, 2))
-            yield Case(
-                f"attend {'sliding' if shape.sliding else 'full'} after {prefix}, {tokens} rows", run,
-                tiles.attention(shape.head_dim), trials, sum(p.nbytes for p in pools),
-            )  # fmt: skip
+def _attend_after(shape: AttentionShape, prefix: int, tokens: int) -> Case:
+    length, plans = CONFIG.canvas_length, dict[Tile, attention.Plan]()
+    canvases, count = tokens // length, prefix // length
+    q, k, v = (numbers(tokens, n, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
+    pools = [numbers(canvases * count, shape.kv_heads, length, shape.head_dim) for _ in range(2)]
+    lines = [list(range(n * count, (n + 1) * count)) for n in range(canvases)]
+    plainly = operand(q.flatten(1))
+
+    def run(tile: Tile) -> Any:
+        with taking("attention", tile):
+            if tile not in plans:
+                plans[tile] = attention.plan(
+                    [(prefix, length, False)] * canvases, lines, group=shape.heads // shape.kv_heads,
+                    head_dim=shape.head_dim, kv_heads=shape.kv_heads,
+                    window=CONFIG.sliding_window if shape.sliding else None, device=DEVICE, splits=tile.inner or None,
+                )  # fmt: skip
+            return attention.attend(q, k, v, *pools, plans[tile], plainly)
+
+    splits = (1, 2, 4) if shape.sliding or tokens > 256 else (2, 4, 8)
+    rows = (64, 128) if shape.sliding else (64,)
+    kind = "sliding" if shape.sliding else "full"
+    return Case(
+        f"attend {kind} after {prefix}, {tokens} rows", run, tiles.attention(shape.head_dim),
+        grid(rows, (32, 64), splits, (4, 2), (8, 2)), sum(p.nbytes for p in pools),
+    )  # fmt: skip
 
 
 def _vocabulary(operation: str, form: str, tokens: int) -> Case:
@@ -186,33 +192,53 @@ def _vocabulary(operation: str, form: str, tokens: int) -> Case:
             return vocabulary.step(hidden, table, heats=heats, cap=30.0, tolerance=2.0**-9, uniform=uniform, soft=soft)
 
     if soft:
-        trials = grid((128, 256), (128,), (64, 128, 256), (4, 3), (8, 2), (8, 3))
+        trials = grid((128, 256), (128,), (128, 256), (8, 2), (8, 3))
     else:
-        inner = (64, 128) if form != "fp8" else (128,)
-        trials = grid((128, 256), (128, 256), inner, (4, 3), (8, 3), (8, 4))
+        inner = (64,) if form != "fp8" else (128,)
+        trials = [t for t in grid((128, 256), (128, 256), inner, (8, 3), (8, 4)) if t.rows + t.columns < 512]
     own = tiles.blend(tokens) if soft else tiles.vocabulary(tokens)
     return Case(f"{operation} {form}, {tokens} positions", run, own, trials, table.nbytes * (2 if soft else 1))
 
 
-def _compile(part: int, parts: int, asked: list[tuple[str, str, int]]) -> None:
+def _compile(part: int, parts: int, asked: list[tuple[str, str, int]], end: float, done: Any) -> None:
+    """Runs every so manieth tile of all cases once, and says which ones it can."""
     number = itertools.count()
     for what in asked:
         for case in cases(*what):
             for tile in [case.own, *case.trials]:
-                if next(number) % parts == part:
-                    with _forgiven():
+                if next(number) % parts == part and time.monotonic() < end:
+                    try:
                         case.run(tile)
                         torch.cuda.synchronize()
+                    except Exception as error:  # a tile that does not fit the card is no tile
+                        sys.stderr.write(f"{case.name} {tile}: {str(error)[:100]}\n")
+                    else:
+                        done.put((case.name, tile))
         torch.cuda.empty_cache()
+    done.put(None)
 
 
-@contextmanager
-def _forgiven() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a tile that does not fit the card is no tile
-        if "illegal" in str(error):
-            raise
+def compiled(asked: list[tuple[str, str, int]], processes: int, seconds: float) -> set[tuple[str, Tile]]:
+    """What several processes could compile in time."""
+    context = multiprocessing.get_context("spawn")
+    done: Any = context.Queue()
+    end, found, over = time.monotonic() + seconds, set[tuple[str, Tile]](), 0
+    running = [context.Process(target=_compile, args=(n, processes, asked, end, done)) for n in range(processes)]
+    for process in running:
+        process.start()
+    while over < processes and time.monotonic() < end + 15:
+        with suppress(queue.Empty):
+            one = done.get(timeout=1)
+            over += one is None
+            if one is not None:
+                found.add(one)
+    for process in running:
+        process.kill()
+    return found
+
+
+def _timed(case: Case, trials: list[Tile], end: float) -> list[tuple[float, Tile]]:
+    return [(timed(partial(case.run, tile), DEVICE, 7), tile) for tile in trials if time.monotonic() < end]
 
 
 def main() -> None:
@@ -231,36 +257,24 @@ def main() -> None:
         for tokens in options.tokens for operation in options.operations for form in options.forms
         if operation != "attend" or form == options.forms[0]
     ]  # fmt: skip
-    context = multiprocessing.get_context("spawn")
-    running = [context.Process(target=_compile, args=(n, options.processes, asked)) for n in range(options.processes)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-    sys.stderr.write(f"compiled after {time.monotonic() + options.seconds - end:.0f} s\n")
-    results, best = Results("gpu-tiles", {"asked": asked}, options.out), {}
+    can = compiled(asked, options.processes, options.seconds * 0.55)
+    sys.stderr.write(f"{len(can)} compiled after {time.monotonic() + options.seconds - end:.0f} s\n")
+    results, best = Results("gpu-tiles", {"asked": asked}, options.out), dict[str, dict[str, Any]]()
     for what in asked:
-        if time.monotonic() > end:
-            sys.stderr.write(f"no time for {what}\n")
-            continue
         for case in cases(*what):
-            found = []
-            for tile in [case.own, *case.trials]:
-                with _forgiven():
-                    found.append((timed(lambda tile=tile: case.run(tile), DEVICE, 7), tile))
-                    results.add(case=case.name, seconds=found[-1][0], own=len(found) == 1, **vars(tile))
-            own = found[0][0]
-            found.sort(key=lambda pair: pair[0])
-            told = "; ".join(
-                f"{s * 1e6:.0f} us {t.rows}x{t.columns}x{t.inner} w{t.warps} s{t.stages}" for s, t in found[:4]
-            )
-            rate = case.moved / found[0][0] / 1e9
-            sys.stderr.write(f"{case.name}: now {own * 1e6:.0f} us; {told}; {rate:.0f} GB/s\n")
-            best[case.name] = {
-                "now_us": round(own * 1e6, 1),
-                "best_us": round(found[0][0] * 1e6, 1),
-                **vars(found[0][1]),
-            }
+            found = _timed(case, [tile for tile in [case.own, *case.trials] if (case.name, tile) in can], end)
+            for seconds, tile in found:
+                results.add(case=case.name, seconds=seconds, own=tile == case.own, **vars(tile))
+            if found:
+                found.sort(key=lambda pair: pair[0])
+                own = next((seconds for seconds, tile in found if tile == case.own), float("nan"))
+                told = "; ".join(
+                    f"{s * 1e6:.0f} us {t.rows}x{t.columns}x{t.inner} w{t.warps} s{t.stages}" for s, t in found[:5]
+                )
+                rate = case.moved / found[0][0] / 1e9
+                sys.stderr.write(f"{case.name}: now {own * 1e6:.0f} us; {told}; {rate:.0f} GB/s\n")
+                best[case.name] = {"now_us": round(own * 1e6, 1), "best_us": round(found[0][0] * 1e6, 1)}
+                best[case.name] |= vars(found[0][1])
         torch.cuda.empty_cache()
     lines = "\n".join(f"- {name}: {value}" for name, value in best.items())
     sys.stdout.write(results.close(f"# Tiles\n\n{lines}\n", {"best": best}) + "\n")

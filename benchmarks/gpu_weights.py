@@ -83,7 +83,7 @@ def random_quantized(
     if floating:
         data: Tensor = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         for part in data.view(-1, width).split(1 << 16):
-            part.copy_(torch.randn(part.shape, generator=generator, device=device) * 100)
+            part.copy_((torch.randn(part.shape, generator=generator, device=device) * 100).clamp_(-448, 448))
         spread = 100.0
     else:
         data = torch.empty(*rows, width * bits // 8, dtype=torch.uint8, device=device)

@@ -125,7 +125,7 @@ def _values(layout: Layout, rows: int, width: int, generator: np.random.Generato
     """Random values, and their standard deviation."""
     if layout.name == FLOAT:
         normal = torch.from_numpy(generator.standard_normal((rows, width), dtype=np.float32))
-        return (normal * 100).to(torch.float8_e4m3fn), 100.0
+        return (normal * 100).clamp_(-448, 448).to(torch.float8_e4m3fn), 100.0
     values = torch.from_numpy(generator.integers(0, 256, (rows, width * layout.bits // 8), dtype=np.uint8))
     return (values.view(torch.int8).clamp_(min=-127), 73.9) if layout.bits == 8 else (values, 4.6)
 

@@ -16,7 +16,8 @@ import sys
 from collections import defaultdict
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from dgemma.kernels.triton import attention, draws, experts, layer, linear, routing, tiles, vocabulary
+import torch
+from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, tiles, vocabulary
 
 KINDS = {
     "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms scalars expert_scale",
@@ -25,7 +26,7 @@ KINDS = {
 }
 KIND = {name: "*" + kind for kind, names in KINDS.items() for name in names.split()}
 KIND |= dict.fromkeys("T N K E H D V n k count window most heads kv_heads rows_in_all bias_count end_count "
-                      "tile_count".split(), "i32") | dict.fromkeys("eps factor cap least".split(), "fp32")
+                      "tile_count pitch".split(), "i32") | dict.fromkeys("eps factor cap least".split(), "fp32")
 
 def build(kernel, tile, constants, **kinds):
     names = kernel.arg_names
@@ -38,27 +39,41 @@ def build(kernel, tile, constants, **kinds):
     assert made.metadata.shared <= 227 * 1024, made.metadata.shared
     return made.asm["ptx"]
 
-WEIGHTS = {"float": {}, "int8": {"w": "*i8", "ws": "*fp32"}, "int4": {"w": "*u8", "ws": "*fp32"},
+WEIGHTS = {"float": {}, "int8": {"w": "*i8", "ws": "*fp32"}, "int4": {"w": "*i16", "ws": "*fp32"},
            "fp8": {"x": "*fp8e4nv", "w": "*fp8e4nv", "ws": "*fp32"}}
 
+def operand_of(form, *shape):
+    kinds = {"float": torch.bfloat16, "int4": torch.int16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    data = torch.empty(0, dtype=kinds[form])
+    return common.Operand(data, data, form, 64 if form == "int4" else 0, shape)
+
 def products(form):
-    group, kinds = 64 if form == "int4" else 0, WEIGHTS[form]
+    kinds = WEIGHTS[form]
     for rows in (16, 256):
-        t = tiles.product(rows, form, group, 4096)
-        sizes = {"FORM": form, "GROUP": group, "BM": t.rows, "BN": t.columns, "BK": t.inner}
+        own = operand_of(form, 4096, 2816)
+        t = tiles.product(rows, own, 4096)
+        sizes = {"FORM": form, "GROUP": own.group, "BM": t.rows, "BN": t.columns, "BK": t.inner}
         assert "wgmma" in build(linear._linear_kernel, t, sizes, **kinds)
-        down = {**sizes, "BK": 64} if form == "fp8" else sizes
-        build(experts._down_kernel, t, {**down, "SPAN": 64 if form == "fp8" else 0, "PADDED": 128}, **kinds)
-        t = tiles.product(rows, form, group, 64)
-        sizes |= {"BM": t.rows, "BN": t.columns, "HALVES": group, "PADDED": 128}
-        build(experts._gate_up_kernel, t, sizes, **kinds, out="*fp8e4nv" if form == "fp8" else "*bf16")
+        first, second = operand_of(form, 128, 1408, 2816), operand_of(form, 128, 2816, 704)
+        one, two = experts.pair(rows, first, second)
+        sizes |= {"BM": one.rows, "BN": one.columns, "BK": one.inner, "SPREAD": second.span, "PADDED": 128}
+        build(experts._gate_up_kernel, one, sizes, **kinds, out="*fp8e4nv" if form == "fp8" else "*bf16")
+        sizes |= {"BM": two.rows, "BN": two.columns, "BK": two.inner, "SPAN": 64 if form == "fp8" else 0}
+        build(experts._down_kernel, two, {n: v for n, v in sizes.items() if n != "SPREAD"}, **kinds)
+
+WRITTEN = {"float": "*bf16", "fp8": "*fp8e4nv", "int4": "*bf16"}
+
+def written(form, more=""):
+    return {"FORM" + more: form, "SPAN" + more: 128 if form == "int4" else 0}
 
 def attending(form):
     for width, group in ((512, 8), (256, 2)):
         t = tiles.attention(width)
         sizes = {"GROUP": group, "LANES": group, "BQ": t.rows // group, "BK": t.columns, "BD": width, "PAGE": 256}
         assert "wgmma" in build(attention._attend_kernel, t, {**sizes, "SPLITS": 4}, out="*fp32")
-        build(attention._merge_kernel, tiles.Tile(rows=1, columns=1), {"SPLITS": 4, "PADDED": 4, "BD": width})
+        for form in ("float", "fp8", "int4"):
+            build(attention._merge_kernel, tiles.Tile(rows=1, columns=1, warps=8), {"SPLITS": 4, "WIDTH": 16 * width}
+                  | written(form), parts="*fp32", tokens="i32", out=WRITTEN[form])
 
 def words(form):
     t, b, kinds = tiles.vocabulary(256), tiles.blend(256), WEIGHTS[form]
@@ -76,13 +91,18 @@ def rest(form):
           weights="*fp32", experts="*i64")
     for half, kv in ((256, 2), (128, 8)):
         build(layer._heads_kernel, t, {"PAGE": 256, "HALF": half, "HEADS": 16, "KV_HEADS": kv})
-    build(layer._gate_kernel, t, {"BLOCK": 1024})
+    for form in ("float", "fp8", "int4"):
+        own, wide = WRITTEN[form], {"WIDTH": 4096}
+        build(layer._gate_kernel, t, written(form) | wide, out=own)
+        build(layer._norm_kernel, t, written(form) | wide | {"SCALED": True}, out=own)
+        build(layer._enter_kernel, t, written(form, "_ONE") | written(form, "_TWO") | wide, out_one=own, out_two=own,
+              scales_one="*fp32", scales_two="*fp32")
+        build(layer._leave_kernel, t, written(form) | wide, weights="*fp32", normed=own)
+        if form != "float":
+            build(linear._ready_kernel, t, written(form) | wide, out=own)
     build(draws._draws_kernel, t, {"WIDTH": 256}, seeds="*i64", canvases="*i64", steps="*i64", noise="*i64",
           words="i32", length="i32")
-    build(layer._enter_kernel, t, {"ADD": True, "COUNT": 3, "WIDTH": 4096})
-    build(layer._leave_kernel, t, {"NEXT": True, "WIDTH": 4096}, weights="*fp32")
     build(experts._sum_kernel, t, {"BN": 1024}, weights="*fp32")
-    build(linear._fp8_kernel, t, {"WIDTH": 4096}, out="*fp8e4nv")
 
 globals()[sys.argv[1]](sys.argv[2])
 """

@@ -20,7 +20,7 @@ def test_experts(form: str, routing: str) -> None:
     gate_up, down = weight(form, count, 2 * width, hidden), weight(form, count, hidden, width, seed=1)
     experts, weights = choices(routing, tokens, k, count), numbers(tokens, k).softmax(dim=-1)
     order, offsets = plain.group(experts, count)
-    small = Tile(rows=16, columns=64, inner=32 if form == "int4-32" else 64)
+    small = Tile(rows=16, columns=64, inner=64)
     for tiles in (None, (small, small)) if routing == "skewed" else (None,):
         room = expert_outputs(x, order, offsets, gate_up, down, tiles=tiles)
         tolerance = {"bfloat16": 2**-6, "fp8": 2e-3}.get(form, 2e-6)

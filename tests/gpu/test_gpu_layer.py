@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_tensors import near, numbers
+from gpu_tensors import near, numbers, weight
 
 from dgemma.config import FULL, AttentionShape
 from dgemma.kernels.triton import layer
+from dgemma.kernels.triton.common import operand
+from dgemma.kernels.triton.linear import Ready, ready
 from dgemma.model.norm import RMSNorm
 from dgemma.model.rope import rotate, rotation
 
@@ -22,8 +24,9 @@ def rms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     return own(x).detach()
 
 
+@pytest.mark.parametrize("own_values", [False, True])
 @pytest.mark.parametrize(("width", "fraction"), [(8, 1.0), (24, 0.25), (256, 0.25)])
-def test_heads(width: int, fraction: float) -> None:
+def test_heads(width: int, fraction: float, own_values: bool) -> None:
     """Queries and keys normalised and turned, values normalised, new entries in their pages and nothing else."""
     shape = AttentionShape(kind=FULL, heads=3, kv_heads=2, head_dim=width, theta=1e4, rotary_fraction=fraction)
     tokens, page = 5, 4
@@ -32,11 +35,12 @@ def test_heads(width: int, fraction: float) -> None:
     turn = rotation(torch.arange(7, 7 + tokens), shape, torch.float32)
     slots = torch.tensor([-1, 9, 10, -1, 0])
     pool = torch.zeros(3, 2, page, width), torch.zeros(3, 2, page, width)
+    parts = [queries, keys, numbers(tokens, 2, width, seed=4)] if own_values else [queries, keys]
     found = layer.heads(
-        queries, keys, keys, one, two, (turn[0][:, 0].contiguous(), turn[1][:, 0].contiguous()), EPS,
-        slots=slots, pool=pool,
+        torch.cat([part.flatten(1) for part in parts], dim=-1), 3, one, two,
+        (turn[0][:, 0].contiguous(), turn[1][:, 0].contiguous()), EPS, slots=slots, pool=pool,
     )  # fmt: skip
-    wanted = rotate(rms(queries, one), turn), rotate(rms(keys, two), turn), rms(keys)
+    wanted = rotate(rms(queries, one), turn), rotate(rms(keys, two), turn), rms(parts[-1])
     for own, right in zip(found, wanted, strict=True):
         near(own, right, 2e-6)
     for own, right in zip(pool, found[1:], strict=True):
@@ -58,15 +62,42 @@ def test_layer(width: int, dtype: torch.dtype) -> None:
     tolerance = 2e-6 if dtype == torch.float32 else 2**-7
     wide = [t.float() for t in (x, residual, dense, room)]
     h = wide[1] + rms(wide[0], norms[0])
-    found = layer.enter(x, residual, norms[0], norms[1:4], EPS)
+    plain = operand(x)
+    h_found, one, two, routed = layer.enter(x, residual, norms[0], norms[1:4], EPS, (plain, plain))
+    found = h_found, one.values, two.values, routed
     router = rms(h) * norms[3] * width**-0.5
     for own, right in zip(found, (h, rms(h, norms[1]), rms(h, norms[2]), router), strict=True):
         near(own, right.to(dtype), tolerance)
     mixed = (wide[3] * weights[..., None]).sum(dim=1)
     wanted = (wide[1] + rms(rms(wide[2], norms[4]) + rms(mixed, norms[5]), norms[6])) * scalars[:, None]
-    out, normed = layer.leave(residual, dense, room, weights, norms[4:7], scalars, norms[7], EPS)
+    out, normed = layer.leave(residual, dense, room, weights, norms[4:7], scalars, norms[7], EPS, plain)
     near(out, wanted.to(dtype), tolerance)
-    assert normed is not None
-    near(normed, rms(wanted, norms[7]).to(dtype), tolerance)
-    assert layer.leave(residual, dense, room, weights, norms[4:7], scalars, None, EPS)[1] is None
-    near(layer.norm(x, norms[0], EPS), rms(x, norms[0]), tolerance)
+    near(normed.values, rms(wanted, norms[7]).to(dtype), tolerance)
+    near(layer.norm(x, norms[0], EPS, plain).values, rms(x, norms[0]), tolerance)
+    near(layer.norm(x, None, EPS, plain).values, rms(x), tolerance)
+
+
+@pytest.mark.parametrize("form", ["float32", "fp8", "int8", "int4-32"])
+def test_what_goes_into_a_product(form: str) -> None:
+    """Norms, gate and merge write what `ready` makes of their plain results."""
+    width, following = 128, operand(weight(form, 7, 128))
+    x, residual, norms = numbers(5, width), numbers(5, width, seed=1), [numbers(width, seed=n) for n in range(2, 9)]
+    plain = operand(x)
+
+    def same(found: Ready, wanted: Ready) -> None:
+        near(found.values.float(), wanted.values.float(), 2e-6)
+        near(found.scales.float(), wanted.scales.float(), 2e-6)
+
+    one = layer.norm(x, norms[0], EPS, plain).values
+    same(layer.norm(x, norms[0], EPS, following), ready(one, following))
+    wanted = layer.enter(x, residual, norms[0], norms[1:4], EPS, (plain, plain))
+    found = layer.enter(x, residual, norms[0], norms[1:4], EPS, (following, following))
+    for own, right in zip(found[1:3], wanted[1:3], strict=True):
+        same(own, ready(right.values, following))
+    parts, weights, scalars = numbers(5, 2, width), numbers(5, 2).softmax(dim=-1), numbers(5)
+    given = residual, x, parts, weights, norms[4:7], scalars, norms[0], EPS
+    same(layer.leave(*given, following)[1], ready(layer.leave(*given, plain)[1].values, following))
+    both = numbers(5, 2 * width)
+    gated = layer.gate(both, plain).values
+    near(gated, torch.nn.functional.gelu(both[:, :width], approximate="tanh") * both[:, width:], 2e-6)
+    same(layer.gate(both, following), ready(gated, following))

@@ -7,15 +7,16 @@ import torch
 from gpu_tensors import near, numbers, weight
 
 from dgemma.kernels import plain
-from dgemma.kernels.triton.linear import fp8_rows, linear
+from dgemma.kernels.triton.common import operand
+from dgemma.kernels.triton.linear import linear, ready
 
-FORMS = ["float32", "bfloat16", "fp8", "int8", "int8-32", "int4-32", "int4-64"]
+FORMS = ["float32", "bfloat16", "fp8", "int8", "int8-16", "int8-32", "int4-32", "int4-64"]
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 2**-7)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 5, 64), (19, 70, 128)])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 5, 64), (19, 70, 128), (3, 17, 320)])
 def test_linear(form: str, dtype: str, rows: int, outputs: int, inputs: int) -> None:
     """Every format, with rows and outputs that fill no tile."""
     kind, tolerance = DTYPES[dtype]
@@ -43,7 +44,7 @@ def test_fp8_rows_are_those_of_torch() -> None:
     x[4] = torch.linspace(0, 448, 50)
     x[5] = torch.arange(50) / 64.0
     x[5, 0] = 448.0
-    found, scales = fp8_rows(x)
+    found, scales = ready(x, operand(weight("fp8", 3, 50)))
     values, wanted = plain.fp8_rows(x)
     assert torch.equal(scales, wanted)
     assert torch.equal(found.view(torch.uint8) & 127, values.view(torch.uint8) & 127)

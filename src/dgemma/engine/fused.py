@@ -5,22 +5,26 @@ The arithmetic is that of `model/`; what differs is where it is rounded (`kernel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels import gpu
 from ..kernels.triton import attention, layer, routing
+from ..kernels.triton.common import Operand, operand
 from ..kernels.triton.experts import expert_outputs
+from ..kernels.triton.linear import Ready
 from ..model import Mode, Network
-from ..model.attention import Attention
 from ..model.block import Block
-from ..model.mlp import MLP
+from ..model.linear import Linear
 from ..model.norm import RMSNorm
 from ..model.rope import Rotation, rotation
+from ..quant import Quantized
 from .ragged import Segment, Store
 
 
@@ -110,8 +114,45 @@ def lay_out(
     )
 
 
+class Aside:
+    """A second stream, for work that the first one need not wait for; without CUDA it is done at once.
+
+    Memory of either stream is used by the other one between `fork` and `join` alone, and must be held until `join`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """What is launched within runs beside what the first stream is given from here on."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The first stream goes on when the second one is done."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class Layer(NamedTuple):
+    """A layer's matrices as kernels take them; those that meet the same activations are one."""
+
+    projections: Operand
+    output: Operand
+    gate_up: Operand
+    down: Operand
+
+
 class Fused:
-    """The network's forward through the kernels; `gpu.missing` says whether they take all of its weights."""
+    """The network's forward through the kernels; `gpu.missing` says whether they take all of its weights.
+
+    The network's own matrices of queries, keys and values become views of one, and so do gate and up.
+    """
 
     def __init__(self, network: Network, store: Store):
         self.network, self.store = network, store
@@ -119,6 +160,10 @@ class Fused:
         self._blocks = [block for block in network.layers if isinstance(block, Block)]
         scalars = [(block.encode_scalar.data, block.denoise_scalar.data) for block in self._blocks]
         self._scalars = torch.stack([torch.cat(pair) for pair in scalars])
+        self._layers = [self._layer(block) for block in self._blocks]
+        own = network.self_conditioning
+        self._conditioning = operand(merged(own.gate_proj, own.up_proj)), operand(own.down_proj.weight)
+        self._aside = Aside(network.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> [T, H]."""
@@ -126,64 +171,98 @@ class Fused:
 
     def condition(self, embeddings: Tensor, soft: Tensor) -> Tensor:
         """A canvas's embeddings and soft embeddings [T, H] -> input of the first layer (`SelfConditioning`)."""
-        own = self.network.self_conditioning
-        normed = layer.norm(soft, _scale(own.pre_norm), self.eps)
-        return layer.norm(embeddings + _mlp(own, normed), None, self.eps)
+        gate_up, down = self._conditioning
+        normed = layer.norm(soft, _scale(self.network.self_conditioning.pre_norm), self.eps, gate_up)
+        mixed = embeddings + self._mlp(gate_up, down, normed)
+        return layer.norm(mixed, None, self.eps, operand(mixed)).values
 
     def run(self, x: Tensor, layout: Layout) -> Tensor:
         """All layers and the final norm: [T, H] -> [T, H]."""
-        blocks = self._blocks
+        blocks, layers, dtype = self._blocks, self._layers, x.dtype
         if self.network.expert_stream is not None:
             self.network.expert_stream.begin()
         shapes = dict.fromkeys(self.network.config.layers)
-        turns = {shape: rotation(layout.positions, shape, x.dtype) for shape in shapes}
+        turns = {shape: rotation(layout.positions, shape, dtype) for shape in shapes}
         rows = torch.arange(len(x), device=x.device) >= layout.encoded
         scalars = self._scalars[:, rows.long()]
         norms = [_scale(block.input_layernorm) for block in blocks] + [_scale(self.network.norm)]
-        normed = layer.norm(x, norms[0], self.eps)
-        for index, block in enumerate(blocks):
-            shape = block.self_attn.shape
-            seen = self._attend(index, block.self_attn, normed, layout, turns[shape])
-            before = _scale(block.pre_feedforward_layernorm), _scale(block.pre_feedforward_layernorm_2)
-            norm = _scale(block.post_attention_layernorm)
-            h, dense, mixed, routed = layer.enter(seen, x, norm, (*before, block.router.scale), self.eps)
+        firsts = [*(own.projections for own in layers), operand(x)]  # what comes behind the last layer takes all as is
+        normed = layer.norm(x, norms[0], self.eps, firsts[0])
+        for index, (block, own) in enumerate(zip(blocks, layers, strict=True)):
+            seen = self._attend(index, own, normed, layout, turns[block.self_attn.shape], dtype)
+            experts = block.experts.held()
+            h, dense, mixed, routed = layer.enter(
+                seen,
+                x,
+                _scale(block.post_attention_layernorm),
+                (
+                    _scale(block.pre_feedforward_layernorm),
+                    _scale(block.pre_feedforward_layernorm_2),
+                    block.router.scale,
+                ),
+                self.eps,
+                (own.gate_up, operand(experts[0])),
+            )
+            with self._aside.fork():
+                beside = self._mlp(own.gate_up, own.down, dense)
             scores = gpu.linear(routed, block.router.proj.weight)
             way = routing.route(scores, block.router.top_k, block.router.per_expert_scale)
-            room = expert_outputs(mixed, way.order, way.offsets, *block.experts.held())
+            parts = expert_outputs(mixed, way.order, way.offsets, *experts, dtype=dtype)
             behind = (
                 _scale(block.post_feedforward_layernorm_1),
                 _scale(block.post_feedforward_layernorm_2),
                 _scale(block.post_feedforward_layernorm),
             )
-            x, following = layer.leave(
-                h, _mlp(block.mlp, dense), room, way.weights, behind, scalars[index], norms[index + 1], self.eps
+            self._aside.join()
+            x, normed = layer.leave(
+                h, beside, parts, way.weights, behind, scalars[index], norms[index + 1], self.eps, firsts[index + 1]
             )
-            assert following is not None
-            normed = following
-        return normed
+        return normed.values
 
-    def _attend(self, index: int, own: Attention, normed: Tensor, layout: Layout, turn: Rotation) -> Tensor:
+    def _attend(
+        self, index: int, own: Layer, normed: Ready, layout: Layout, turn: Rotation, dtype: torch.dtype
+    ) -> Tensor:
         """[T, H] -> [T, H]."""
-        shape = own.shape
-        names = (own.q_proj, own.k_proj) if own.v_proj is None else (own.q_proj, own.k_proj, own.v_proj)
-        queries, keys, *rest = (
-            out.view(len(normed), -1, shape.head_dim) for out in gpu.linears(normed, *(part.weight for part in names))
-        )
-        pool = self.store.keys[index], self.store.values[index]
+        block = self._blocks[index].self_attn
+        shape, pool = block.shape, (self.store.keys[index], self.store.values[index])
         cos, sin = (part.squeeze(1) for part in turn)
         turned = layer.heads(
-            queries, keys, rest[0] if rest else keys, _scale(own.q_norm), _scale(own.k_norm), (cos, sin), self.eps,
-            slots=layout.slots[shape.sliding], pool=pool,
+            gpu.product(normed, own.projections, dtype), shape.heads, _scale(block.q_norm), _scale(block.k_norm),
+            (cos, sin), self.eps, slots=layout.slots[shape.sliding], pool=pool,
         )  # fmt: skip
-        seen = attention.attend(*turned, *pool, layout.plans[shape.sliding])
-        return gpu.linear(seen.flatten(1), own.o_proj.weight)
+        seen = attention.attend(*turned, *pool, layout.plans[shape.sliding], own.output)
+        return gpu.product(seen, own.output, dtype)
+
+    def _mlp(self, gate_up: Operand, down: Operand, x: Ready) -> Tensor:
+        both = gpu.product(x, gate_up, self.network.dtype)
+        return gpu.product(layer.gate(both, down), down, self.network.dtype)
+
+    def _layer(self, block: Block) -> Layer:
+        own, mlp = block.self_attn, block.mlp
+        names = (own.q_proj, own.k_proj) if own.v_proj is None else (own.q_proj, own.k_proj, own.v_proj)
+        return Layer(
+            operand(merged(*names)),
+            operand(own.o_proj.weight),
+            operand(merged(mlp.gate_proj, mlp.up_proj)),
+            operand(mlp.down_proj.weight),
+        )
+
+
+def merged(*modules: Linear) -> Tensor | Quantized:
+    """One matrix of several with the same inputs, whose weights become views of it; they must be of one form."""
+    weights, first = [module.weight for module in modules], 0
+    if isinstance(weights[0], Quantized):
+        data, scales = (torch.cat([getattr(own, name) for own in weights]) for name in ("data", "scales"))
+        whole: Tensor | Quantized = replace(weights[0], data=data, scales=scales)
+    else:
+        whole = torch.cat([own.data for own in weights])
+    for module, own in zip(modules, weights, strict=True):
+        part = whole[first : first + own.shape[0]]
+        module.weight = nn.Parameter(part, requires_grad=False) if isinstance(part, Tensor) else part
+        first += own.shape[0]
+    return whole
 
 
 def _scale(norm: RMSNorm) -> Tensor:
     assert norm.weight is not None
     return norm.weight
-
-
-def _mlp(own: MLP, x: Tensor) -> Tensor:
-    gates, up = gpu.linears(x, own.gate_proj.weight, own.up_proj.weight)
-    return gpu.linear(layer.gate(gates, up), own.down_proj.weight)

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from .cpu import TOLERANCE, Look
 from .packed import Packed
 from .plain import Weight
 from .wish import Wish
+
+if TYPE_CHECKING:
+    from .triton.common import Operand
+    from .triton.linear import Ready
 
 LEAST_CAPABILITY, FP8_CAPABILITY, ANY_CAPABILITY = (8, 0), (8, 9), (99, 0)
 TRITON, LIBRARY, PLAIN = "triton", "library", "plain"
@@ -65,12 +69,11 @@ def choose(operation: str, weight: Weight | None = None) -> Choice:
         return Choice(PLAIN, "there is no Triton, or nothing to run it on")
     if weight is not None and not _fits(weight, operation):
         return Choice(PLAIN, "the kernels have no product for groups of this size")
-    choice = CHOICES.get((operation, form), Choice(PLAIN, "there is no kernel for weights of this form"))
     if form == "fp8" and _capability() < FP8_CAPABILITY:
         return Choice(PLAIN, "products in FP8 need compute capability 8.9")
     if (operation, form) == ("linear", "fp8") and not _scaled_products():
         return Choice(TRITON, "torch._scaled_mm by row needs CUDA and a card of compute capability 9.0 or later")
-    return choice
+    return CHOICES.get((operation, form), Choice(PLAIN, "there is no kernel for weights of this form"))
 
 
 def missing(network: torch.nn.Module) -> str | None:
@@ -99,29 +102,30 @@ def form_of(weight: Weight | None) -> str:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. FP8 weights meet x in FP8, rounded row by row."""
-    return linears(x, weight)[0]
+    flat = x.reshape(-1, x.shape[-1])
+    if not len(flat) or choose("linear", weight).way == PLAIN:
+        out = plain.linear(flat, weight)
+    else:
+        from .triton.common import operand
+        from .triton.linear import ready
+
+        own = operand(weight)
+        out = product(ready(flat, own), own, x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[-2])
 
 
-def linears(x: Tensor, *weights: Weight) -> list[Tensor]:
-    """`linear` with several weights; what all of one form need of x (rounding, another order) is done once."""
-    flat, made, found = x.reshape(-1, x.shape[-1]), dict[tuple[str, int | None], tuple[Tensor, Tensor]](), []
-    for weight in weights:
-        way, key = choose("linear", weight).way, (form_of(weight), getattr(weight, "group", None))
-        if way == PLAIN or (key[0] == "float" and way == LIBRARY) or not len(flat):
-            out = plain.linear(flat, weight)
-        else:
-            from .triton import linear as kernels
+def product(own: Ready, weight: Operand, dtype: torch.dtype) -> Tensor:
+    """`x @ weight.T` of activations that are ready for the weight: [T, I] and [O, I] -> [T, O] in the dtype."""
+    from .triton.linear import product
 
-            if key not in made:
-                made[key] = kernels.activations(flat, kernels.operand(weight))
-            if way == TRITON:
-                out = kernels.linear(flat, weight, ready=made[key])
-            else:
-                assert isinstance(weight, Quantized)
-                (values, rows), wide = made[key], weight.scales.mT
-                out = torch._scaled_mm(values, weight.data.mT, scale_a=rows, scale_b=wide, out_dtype=torch.bfloat16)
-        found.append(out.to(x.dtype).view(*x.shape[:-1], weight.shape[-2]))
-    return found
+    if CHOICES["linear", weight.form].way != LIBRARY or (weight.form == "fp8" and not _scaled_products()):
+        return product(own, weight, dtype)
+    if weight.form == "float":
+        return plain.linear(own.values, weight.data)
+    out = torch._scaled_mm(
+        own.values, weight.data.mT, scale_a=own.scales, scale_b=weight.scales.mT, out_dtype=torch.bfloat16
+    )
+    return out.to(dtype)
 
 
 def experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: Weight) -> Tensor:

@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .common import dot, narrow, power
+from .common import Operand, dot, narrow, power, put
+from .linear import Ready, ready, room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,20 +187,37 @@ def _attend_kernel(
 
 
 @triton.jit
-def _merge_kernel(parts, peaks, sums, out, count, D, SPLITS: tl.constexpr, PADDED: tl.constexpr, BD: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
-    splits, width = tl.arange(0, PADDED), tl.arange(0, BD)
-    peak = tl.load(peaks + splits * count + place, mask=splits < SPLITS, other=float("-inf"))
-    total = tl.load(sums + splits * count + place, mask=splits < SPLITS, other=0.0)
-    share = tl.exp(peak - tl.max(peak, 0))
-    there = (splits * count + place)[:, None] * D + width[None, :]
-    mixed = tl.load(parts + there, mask=(splits < SPLITS)[:, None] & (width < D)[None, :], other=0.0)
-    value = tl.sum(mixed * share[:, None], 0) / tl.sum(total * share, 0)
-    tl.store(out + place * D + width, narrow(value, out.dtype.element_ty), mask=width < D)
+def _merge_kernel(
+    parts, peaks, sums, out, scales, tokens, heads, D, kind,
+    SPLITS: tl.constexpr, FORM: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside = lanes < heads * D
+    place = row * heads + lanes // D
+    highest = tl.full((WIDTH,), float("-inf"), tl.float32)
+    for part in tl.static_range(SPLITS):
+        peak = tl.load(peaks + part * tokens * heads + place, mask=inside, other=0.0)
+        highest = tl.maximum(highest, peak)
+    total, mixed = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for part in tl.static_range(SPLITS):
+        spot = part * tokens * heads + place
+        share = tl.exp(tl.load(peaks + spot, mask=inside, other=0.0) - highest)
+        total += tl.load(sums + spot, mask=inside, other=1.0) * share
+        mixed += tl.load(parts + spot * D + lanes % D, mask=inside, other=0.0) * share
+    put(out, scales, row, lanes, narrow(mixed / total, kind.dtype.element_ty), heads * D, FORM, SPAN)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, pool_keys: Tensor, pool_values: Tensor, plan: Plan) -> Tensor:
-    """All segments' attention in one or two launches: [T, heads, D] -> [T, heads, D]; the scale is 1.
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool_keys: Tensor,
+    pool_values: Tensor,
+    plan: Plan,
+    following: Operand,
+) -> Ready:
+    """All segments' attention in one or two launches: [T, heads, D] -> [T, heads * D] as the next weight wants it; the
+    scale is 1.
 
     Args:
         queries: [T, heads, D], normalised and turned.
@@ -208,10 +226,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, pool_keys: Tensor, poo
     """
     rows, heads, width = queries.shape
     _, kv_heads, page, _ = pool_keys.shape
-    queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
     tile, splits = tiles.attention(width), plan.splits
-    out = torch.empty_like(queries)
-    parts, peaks, sums = out, out, out
+    parts = torch.empty_like(queries)
+    peaks, sums = parts, parts
     if splits > 1:
         parts = torch.empty(splits, rows, heads, width, device=queries.device)
         peaks, sums = torch.empty(2, splits, rows, heads, device=queries.device)
@@ -222,8 +239,12 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, pool_keys: Tensor, poo
         GROUP=heads // kv_heads, LANES=lanes, BQ=plan.block, BK=tile.columns, BD=wide, PAGE=page, SPLITS=splits,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if splits > 1:
-        _merge_kernel[(rows * heads,)](
-            parts, peaks, sums, out, rows * heads, width, SPLITS=splits, PADDED=power(splits), BD=wide, num_warps=4
-        )
+    if splits == 1:
+        return ready(parts.flatten(1), following)
+    out = room(rows, queries, following)
+    if rows:
+        _merge_kernel[(rows,)](
+            parts, peaks, sums, *out, rows, heads, width, queries, SPLITS=splits, FORM=following.form,
+            SPAN=following.span, WIDTH=power(heads * width), num_warps=8,
+        )  # fmt: skip
     return out

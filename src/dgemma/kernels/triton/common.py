@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quant import Quantized
+from . import tiles
 
 # The interpreter multiplies the bits of bfloat16 as if they were whole numbers, and does not round when it narrows.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -20,7 +21,7 @@ class Operand(NamedTuple):
     """A weight as kernels take it.
 
     Fields:
-        data: [..., O, I], or [..., O, I/2] bytes.
+        data: [..., O, I], or [..., O, I/4] int16 words of four values.
         scales: float32 [..., O, G]; `data` again where there are none (never read).
         form: "float", "fp8", "int8" or "int4".
         group: inputs that share a scale; 0: all of a row.
@@ -33,23 +34,20 @@ class Operand(NamedTuple):
     group: int
     shape: tuple[int, ...]
 
+    @property
+    def span(self) -> int:
+        """Inputs that activations have in `spread` order; 0: activations are as they are."""
+        return tiles.span(self.group, self.shape[-1], len(self.shape) > 2) if self.form == "int4" else 0
+
 
 def operand(weight: Tensor | Quantized) -> Operand:
     """A tensor or a weight in few bits, contiguous."""
     if isinstance(weight, Tensor):
         weight = weight.contiguous()
         return Operand(weight, weight, "float", 0, tuple(weight.shape))
-    form = "fp8" if weight.floating else f"int{weight.bits}"
-    return Operand(weight.data.contiguous(), weight.scales.contiguous(), form, weight.group or 0, weight.shape)
-
-
-def halves(x: Tensor, group: int) -> Tensor:
-    """Rows in the order in which the 4-bit product wants them: of each group the even inputs, then the odd ones.
-
-    A byte holds two neighbouring values, so its low halves meet the even inputs and its high halves the odd ones; with
-    each kind in one piece both are read in whole lines, and nothing is shuffled between registers.
-    """
-    return x.unflatten(-1, (-1, group // 2, 2)).transpose(-1, -2).reshape(x.shape)
+    form, data = "fp8" if weight.floating else f"int{weight.bits}", weight.data.contiguous()
+    data = data.view(torch.int16) if form == "int4" else data
+    return Operand(data, weight.scales.contiguous(), form, weight.group or 0, weight.shape)
 
 
 def power(count: int) -> int:
@@ -85,19 +83,59 @@ def narrow(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+# Two words of four values of 4 bits from 0 to 15, and their scales: each value less 8, times its scale, as bfloat16.
+# The first output has both words' first values, and so on. 0x4300 is 128 in bfloat16, whose last mantissa bit is worth
+# 1, so a value is put there with one OR, and 136 is subtracted from pairs.
+NIBBLES = tl.constexpr("""{
+.reg .b32 b, c, d, one, less;
+mov.b32 one, 0x3F803F80;
+mov.b32 less, 0xC308C308;
+shr.u32 b, $4, 4;
+shr.u32 c, $4, 8;
+shr.u32 d, $4, 12;
+lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 $1, b, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 $2, c, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 $3, d, 0x000F000F, 0x43004300, 0xEA;
+fma.rn.bf16x2 $0, $0, one, less;
+fma.rn.bf16x2 $1, $1, one, less;
+fma.rn.bf16x2 $2, $2, one, less;
+fma.rn.bf16x2 $3, $3, one, less;
+mul.rn.bf16x2 $0, $0, $5;
+mul.rn.bf16x2 $1, $1, $5;
+mul.rn.bf16x2 $2, $2, $5;
+mul.rn.bf16x2 $3, $3, $5;
+}""")
+
+
 @triton.jit
-def signed(nibble, dtype: tl.constexpr):
-    """A stored 4-bit value 0..15 -> -8..7."""
+def nibbles(words, scales, dtype: tl.constexpr):
+    """int16 words of four stored 4-bit values 0..15 each, and scales -> first, second, third and fourth values, less 8
+    and scaled."""
     if dtype == tl.bfloat16 and not INTERPRETED:
-        # 0x4300 is 128 in bfloat16, whose last mantissa bit is worth 1. Conversions run at a quarter of this rate.
-        return (nibble.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-    return (nibble.to(tl.float32) - 8.0).to(dtype)
+        scales = tl.broadcast_to(scales.to(tl.bfloat16), words.shape)
+        return tl.inline_asm_elementwise(
+            NIBBLES, "=&r,=&r,=&r,=&r,r,r", [words, scales], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+        )
+    words = words.to(tl.int32)
+    one = narrow(((words & 15).to(tl.float32) - 8.0) * scales, dtype)
+    two = narrow(((words >> 4 & 15).to(tl.float32) - 8.0) * scales, dtype)
+    three = narrow(((words >> 8 & 15).to(tl.float32) - 8.0) * scales, dtype)
+    return one, two, three, narrow(((words >> 12 & 15).to(tl.float32) - 8.0) * scales, dtype)
 
 
 @triton.jit
 def widen(weight, dtype: tl.constexpr):
     """Values of a weight as the activations' dtype."""
     return weight if weight.dtype == dtype else narrow(weight.to(tl.float32), dtype)
+
+
+@triton.jit
+def scaled(x, by):
+    """x times float32 numbers, in x's dtype."""
+    if INTERPRETED:
+        return narrow(x.to(tl.float32) * narrow(by, x.dtype).to(tl.float32), x.dtype)
+    return x * by.to(x.dtype)
 
 
 @triton.jit
@@ -113,6 +151,32 @@ def fp8_scale(largest):
 
 
 @triton.jit
+def put(out, scales, row, lanes, value, K, FORM: tl.constexpr, SPAN: tl.constexpr):
+    """Writes a row's K numbers as a product with a weight wants them: [WIDTH], rounded to the network's dtype, zeros
+    behind K.
+
+    "fp8": divided by a scale that makes the largest 448. "int4": in `spread` order, of each SPAN inputs every fourth
+    one from the first, then from the second, the third and the fourth; a row has K filled up to SPAN.
+    """
+    inside = lanes < K
+    if FORM == "fp8":
+        wide = value.to(tl.float32)
+        scale = fp8_scale(tl.max(tl.abs(wide), 0))
+        tl.store(out + row * K + lanes, narrow(wide / scale, tl.float8e4nv), mask=inside)
+        tl.store(scales + row, scale)
+    elif FORM == "int4":
+        tl.store(out + row * (tl.cdiv(K, SPAN) * SPAN) + spread(lanes, SPAN), value, mask=inside)
+    else:
+        tl.store(out + row * K + lanes, value, mask=inside)
+
+
+@triton.jit
+def spread(lanes, SPAN: tl.constexpr):
+    """Where an input goes in the order that "int4" wants."""
+    return lanes // SPAN * SPAN + lanes % 4 * (SPAN // 4) + lanes % SPAN // 4
+
+
+@triton.jit
 def products(
     x, xs, rows, seen, w, ws, lines, held, K,
     FORM: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
@@ -123,38 +187,52 @@ def products(
     Weights come first, because tokens are often fewer than the 64 rows that a Hopper product has on its left, and so
     that what is dequantised goes into it from registers. Both sides are read along K.
 
+    Four bits are unpacked from words of four inputs, and each of the four meets every fourth input of x: those come in
+    one piece (`put`), so both sides are read in whole lines and nothing is shuffled between registers. Scales of groups
+    are applied to weights, rounded to x's dtype, so that sums are never interrupted.
+
     Args:
-        rows, seen: [BM] rows of x [_, K] and which of them exist.
+        rows, seen: [BM] rows of x [_, K] and which of them exist; in "int4" a row has K filled up to BK.
         lines, held: [BN] rows of w [_, K] and which of them exist.
-        xs: scales of an FP8 x: a row each, or for each SPAN of its inputs.
-        GROUP: inputs that share a weight's scale; 0: a row. Where there are groups or spans, BK is as wide.
+        xs: scales of an FP8 x: a row each, or for each SPAN of its inputs; then BK is as wide.
+        GROUP: inputs that share a weight's scale, of which BK has some; 0: a row.
     """
     acc = tl.zeros((BN, BM), tl.float32)
-    x_rows, w_rows = rows.to(tl.int64)[:, None] * K, lines.to(tl.int64)[:, None]
-    for first in range(0, K, BK):
-        if FORM == "int4":
-            half = tl.arange(0, BK // 2)[None, :]
-            packed = tl.load(w + w_rows * (K // 2) + first // 2 + half, mask=held[:, None], other=0)
-            even = tl.load(x + x_rows + first + half, mask=seen[:, None], other=0.0)
-            odd = tl.load(x + x_rows + first + BK // 2 + half, mask=seen[:, None], other=0.0)
-            part = dot(signed(packed & 15, even.dtype), tl.trans(even), tl.zeros((BN, BM), tl.float32))
-            part = dot(signed(packed >> 4, odd.dtype), tl.trans(odd), part)
-        else:
+    w_rows = lines.to(tl.int64)[:, None]
+    if FORM == "int4":
+        x_rows = rows.to(tl.int64)[:, None] * (tl.cdiv(K, BK) * BK)
+        quarter = tl.arange(0, BK // 4)[None, :]
+        groups = tl.arange(0, BK // GROUP)[None, :]
+        for first in range(0, K, BK):
+            exists = first // 4 + quarter < K // GROUP * (GROUP // 4)
+            words = tl.load(w + w_rows * (K // 4) + first // 4 + quarter, mask=held[:, None] & exists, other=0)
+            known = held[:, None] & (first // GROUP + groups < K // GROUP)
+            scale = tl.load(ws + w_rows * (K // GROUP) + first // GROUP + groups, mask=known, other=0.0)
+            scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
+            one, two, three, four = nibbles(words, tl.reshape(scale, (BN, BK // 4)), x.dtype.element_ty)
+            there, exists = x + x_rows + first + quarter, seen[:, None] & exists
+            acc = dot(one, tl.trans(tl.load(there, mask=exists, other=0.0)), acc)
+            acc = dot(two, tl.trans(tl.load(there + BK // 4, mask=exists, other=0.0)), acc)
+            acc = dot(three, tl.trans(tl.load(there + BK // 2, mask=exists, other=0.0)), acc)
+            acc = dot(four, tl.trans(tl.load(there + BK // 4 * 3, mask=exists, other=0.0)), acc)
+    else:
+        x_rows = rows.to(tl.int64)[:, None] * K
+        for first in range(0, K, BK):
             inner = first + tl.arange(0, BK)[None, :]
             weight = tl.load(w + w_rows * K + inner, mask=held[:, None] & (inner < K), other=0.0)
             value = tl.load(x + x_rows + inner, mask=seen[:, None] & (inner < K), other=0.0)
-            if GROUP or SPAN:
-                part = dot(widen(weight, value.dtype), tl.trans(value), tl.zeros((BN, BM), tl.float32))
-            else:
-                acc = dot(widen(weight, value.dtype), tl.trans(value), acc)
-        if GROUP or SPAN:
             if GROUP:
-                scale = tl.load(ws + lines.to(tl.int64) * (K // GROUP) + first // GROUP, mask=held, other=0.0)
-                part *= scale[:, None]
+                groups = first // GROUP + tl.arange(0, BK // GROUP)[None, :]
+                known = held[:, None] & (groups < K // GROUP)
+                scale = tl.load(ws + w_rows * (K // GROUP) + groups, mask=known, other=0.0)
+                scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP)), (BN, BK))
+                weight = narrow(weight.to(tl.float32) * scale, value.dtype)
             if SPAN:
                 scale = tl.load(xs + rows.to(tl.int64) * tl.cdiv(K, SPAN) + first // SPAN, mask=seen, other=0.0)
-                part *= scale[None, :]
-            acc += part
+                part = dot(weight, tl.trans(value), tl.zeros((BN, BM), tl.float32))
+                acc += part * scale[None, :]
+            else:
+                acc = dot(widen(weight, value.dtype), tl.trans(value), acc)
     if FORM != "float" and not GROUP:
         acc *= tl.load(ws + lines, mask=held, other=0.0)[:, None]
     if FORM == "fp8" and not SPAN:
@@ -163,9 +241,10 @@ def products(
 
 
 def fits(weight: Tensor | Quantized) -> bool:
-    """Whether the kernels have a product for it: floats; FP8 and int8 by row; whole numbers in groups of 32 to 128."""
+    """Whether the kernels have a product for it: floats; FP8 and int8 by row; whole numbers in groups of up
+    to 128, of 32 at least in 4 bits."""
     if isinstance(weight, Tensor):
         return weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
     if weight.group is None:
         return weight.bits == 8
-    return not weight.floating and weight.group in (32, 64, 128)
+    return not weight.floating and weight.group in (16, 32, 64, 128)[weight.bits == 4 :]

@@ -8,6 +8,8 @@ order, so that a result never depends on who was first.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from ...quant import Quantized
 from ..plain import SPAN
-from .common import Operand, fp8_scale, gelu, narrow, operand, power, products
-from .linear import activations
-from .tiles import Tile, product
+from . import tiles as sizes
+from .common import Operand, fp8_scale, gelu, narrow, operand, power, products, spread
+from .linear import Ready, ready, room
+from .tiles import Tile
 
 
 @triton.jit
@@ -38,7 +41,7 @@ def _find(offsets, block, count, PADDED: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def _gate_up_kernel(
     x, xs, w, ws, order, offsets, out, out_scales, count, k, N, K,
-    FORM: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, PADDED: tl.constexpr,
+    FORM: tl.constexpr, GROUP: tl.constexpr, SPREAD: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(N, BN)
@@ -53,10 +56,10 @@ def _gate_up_kernel(
         columns = tile * BN + lanes // 2
         lines = columns + lanes % 2 * N
         groups = K // GROUP if GROUP else 1
-        bytes_wide = K // 2 if FORM == "int4" else K
+        pitch = K // 4 if FORM == "int4" else K
         mine = expert.to(tl.int64) * 2 * N
         acc = products(
-            x, xs, rows, seen, w + mine * bytes_wide, ws + mine * groups, lines, columns < N, K,
+            x, xs, rows, seen, w + mine * pitch, ws + mine * groups, lines, columns < N, K,
             FORM, GROUP, 0, BM, 2 * BN, BK,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))
@@ -66,10 +69,10 @@ def _gate_up_kernel(
             scale = fp8_scale(tl.max(tl.abs(tl.where((lines < N)[:, None], value, 0.0)), 0))
             value = value / scale[None, :]
             tl.store(out_scales + places.to(tl.int64) * tiles + tile, scale, mask=seen)
-        spots = lines
-        if HALVES:
-            spots = lines // HALVES * HALVES + lines % 2 * (HALVES // 2) + lines % HALVES // 2
-        there = out + places.to(tl.int64)[None, :] * N + spots[:, None]
+        spots, row = lines, N
+        if SPREAD:
+            spots, row = spread(lines, SPREAD), tl.cdiv(N, SPREAD) * SPREAD
+        there = out + places.to(tl.int64)[None, :] * row + spots[:, None]
         tl.store(there, narrow(value, out.dtype.element_ty), mask=(lines < N)[:, None] & seen[None, :])
 
 
@@ -87,10 +90,10 @@ def _down_kernel(
         assigned = tl.load(order + places, mask=seen, other=0).to(tl.int64)
         lines = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
         groups = K // GROUP if GROUP else 1
-        bytes_wide = K // 2 if FORM == "int4" else K
+        pitch = K // 4 if FORM == "int4" else K
         mine = expert.to(tl.int64) * N
         acc = products(
-            x, xs, places, seen, w + mine * bytes_wide, ws + mine * groups, lines, lines < N, K,
+            x, xs, places, seen, w + mine * pitch, ws + mine * groups, lines, lines < N, K,
             FORM, GROUP, SPAN, BM, BN, BK,
         )  # fmt: skip
         there = out + assigned[None, :] * N + lines[:, None]
@@ -114,47 +117,50 @@ def blocks(tokens: int, k: int, count: int, rows: int) -> int:
 
 
 def expert_outputs(
-    x: Tensor,
+    x: Tensor | Ready,
     order: Tensor,
     offsets: Tensor,
     gate_up: Tensor | Quantized,
     down: Tensor | Quantized,
     *,
     tiles: tuple[Tile, Tile] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What each expert makes of each token that chose it: [T, k, H] in x's dtype, not yet weighted.
 
     Args:
-        x: [T, H].
+        x: [T, H], or what is `ready` of it for `gate_up`; then `dtype` says in which dtype the outputs are.
         order: [T * k] int32, assignments sorted by expert.
         offsets: [E + 1] int32, where in `order` each expert's begin.
         gate_up, down: [E, 2I, H] and [E, H, I], both in FP8 or neither; weights that `common.fits`.
         tiles: for the two products.
     """
     first, second = operand(gate_up), operand(down)
+    own = ready(x, first) if isinstance(x, Tensor) else x
+    kind = x.dtype if isinstance(x, Tensor) else dtype
+    assert kind is not None
     count, doubled, hidden = first.shape
-    width, tokens, k = doubled // 2, len(x), len(order) // max(1, len(x))
+    width, tokens = doubled // 2, len(own.values)
+    k, device = len(order) // max(1, tokens), own.values.device
     assert (first.form == "fp8") == (second.form == "fp8") and second.shape == (count, hidden, width)
-    room = torch.empty(tokens, k, hidden, dtype=x.dtype, device=x.device)
-    if not room.numel():
-        return room
-    one, two = tiles or _tiles(tokens * k // count, first, second)
-    fp8, padded = first.form == "fp8", power(count)
-    parts = triton.cdiv(width, one.columns)
-    between = torch.empty(tokens * k, width, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
-    scales = torch.empty(tokens * k, parts, device=x.device) if fp8 else between
-    value, value_scales = activations(x, first)
+    out = torch.empty(tokens, k, hidden, dtype=kind, device=device)
+    if not out.numel():
+        return out
+    one, two = tiles or pair(tokens * k // count, first, second)
+    padded, parts = power(count), triton.cdiv(width, one.columns)
+    between = room(tokens * k, out, second)
+    scales = torch.empty(tokens * k, parts, device=device) if first.form == "fp8" else between.values
     _gate_up_kernel[(blocks(tokens, k, count, one.rows) * parts,)](
-        value, value_scales, first.data, first.scales, order, offsets, between, scales, count, k, width, hidden,
-        FORM=first.form, GROUP=first.group, HALVES=second.group if second.form == "int4" else 0, PADDED=padded,
+        *own, first.data, first.scales, order, offsets, between.values, scales, count, k, width, hidden,
+        FORM=first.form, GROUP=first.group, SPREAD=second.span, PADDED=padded,
         BM=one.rows, BN=one.columns, BK=one.inner, num_warps=one.warps, num_stages=one.stages,
     )  # fmt: skip
     _down_kernel[(blocks(tokens, k, count, two.rows) * triton.cdiv(hidden, two.columns),)](
-        between, scales, second.data, second.scales, order, offsets, room, count, hidden, width,
-        FORM=second.form, GROUP=second.group, SPAN=one.columns if fp8 else 0, PADDED=padded,
+        between.values, scales, second.data, second.scales, order, offsets, out, count, hidden, width,
+        FORM=second.form, GROUP=second.group, SPAN=one.columns if first.form == "fp8" else 0, PADDED=padded,
         BM=two.rows, BN=two.columns, BK=two.inner, num_warps=two.warps, num_stages=two.stages,
     )  # fmt: skip
-    return room
+    return out
 
 
 def weighted_sum(room: Tensor, weights: Tensor) -> Tensor:
@@ -166,8 +172,8 @@ def weighted_sum(room: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def _tiles(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
-    """For an expert's usual number of rows."""
-    first = product(rows, gate_up.form, gate_up.group, SPAN)
-    inner = SPAN if down.form == "fp8" else down.group
-    return first, product(rows, down.form, inner, down.shape[1])
+def pair(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
+    """Tiles of the two products, for an expert's usual number of rows."""
+    first = sizes.product(rows, gate_up, SPAN)
+    second = sizes.product(rows, down, down.shape[-2])
+    return first, replace(second, inner=SPAN) if down.form == "fp8" else second

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...quant import Quantized
-from .common import Operand, fp8_scale, halves, narrow, operand, power, products
-from .tiles import Tile, product
+from . import tiles
+from .common import Operand, narrow, operand, power, products, put
+from .tiles import Tile
+
+
+class Ready(NamedTuple):
+    """Activations as a product wants them (`common.put`): [T, I], or [T, I filled up], and scales [T, 1] of FP8
+    (values again where there are none).
+    """
+
+    values: Tensor
+    scales: Tensor
 
 
 @triton.jit
-def _fp8_kernel(x, out, scales, K, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    inner = tl.arange(0, WIDTH)
-    value = tl.load(x + row * K + inner, mask=inner < K, other=0.0).to(tl.float32)
-    scale = fp8_scale(tl.max(tl.abs(value), 0))
-    tl.store(out + row * K + inner, narrow(value / scale, tl.float8e4nv), mask=inner < K)
-    tl.store(scales + row, scale)
+def _ready_kernel(x, out, scales, K, FORM: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    put(out, scales, row, lanes, tl.load(x + row * K + lanes, mask=lanes < K, other=0.0), K, FORM, SPAN)
 
 
 @triton.jit
@@ -36,42 +44,47 @@ def _linear_kernel(
     tl.store(places, narrow(acc, out.dtype.element_ty), mask=(rows < T)[None, :] & (lines < N)[:, None])
 
 
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [T, I] -> float8_e4m3fn [T, I] and scales [T, 1]: the largest of a row becomes 448."""
-    out, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty(len(x), 1, device=x.device)
-    if len(x):
-        width = power(x.shape[1])
-        _fp8_kernel[(len(x),)](x, out, scales, x.shape[1], WIDTH=width, num_warps=8 if width >= 2048 else 4)
-    return out, scales
-
-
-def activations(x: Tensor, weight: Operand) -> tuple[Tensor, Tensor]:
-    """x [T, I] as the product with a weight wants it, and its scales (x again where there are none)."""
-    x = x.contiguous()
+def room(rows: int, like: Tensor, weight: Operand) -> Ready:
+    """Memory for so many rows of activations that meet a weight, not yet filled; `like` has their dtype and device."""
+    width = weight.shape[-1]
     if weight.form == "fp8":
-        return fp8_rows(x)
-    return (halves(x, weight.group), x) if weight.form == "int4" else (x, x)
+        values = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=like.device)
+        return Ready(values, torch.empty(rows, 1, device=like.device))
+    width = triton.cdiv(width, weight.span) * weight.span if weight.span else width
+    values = torch.empty(rows, width, dtype=like.dtype, device=like.device)
+    return Ready(values, values)
 
 
-def linear(
-    x: Tensor, weight: Tensor | Quantized, *, tile: Tile | None = None, ready: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. For weights that `common.fits`.
+def ready(x: Tensor, weight: Operand) -> Ready:
+    """x [T, I] as the product with a weight wants it."""
+    x = x.contiguous()
+    if weight.form not in ("fp8", "int4"):
+        return Ready(x, x)
+    out, width = room(len(x), x, weight), power(x.shape[1])
+    if len(x):
+        _ready_kernel[(len(x),)](
+            x, out.values, out.scales, x.shape[1],
+            FORM=weight.form, SPAN=weight.span, WIDTH=width, num_warps=8 if width >= 2048 else 4,
+        )  # fmt: skip
+    return out
 
-    Args:
-        ready: `activations` of x, where several weights of one form and group meet it.
-    """
-    own = operand(weight)
-    flat = x.reshape(-1, x.shape[-1])
-    rows, (outputs, inputs) = len(flat), own.shape
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    tile = tile or product(rows, own.form, own.group, outputs)
+
+def product(own: Ready, weight: Operand, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
+    """`x @ weight.T` of activations that are ready: [T, I] and [O, I] -> [T, O]."""
+    rows, (outputs, inputs) = len(own.values), weight.shape
+    out = torch.empty(rows, outputs, dtype=dtype, device=own.values.device)
+    tile = tile or tiles.product(rows, weight, outputs)
     if rows:
-        value, scales = ready or activations(flat, own)
-        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),)
-        _linear_kernel[grid](
-            value, scales, own.data, own.scales, out, rows, outputs, inputs,
-            FORM=own.form, GROUP=own.group, BM=tile.rows, BN=tile.columns, BK=tile.inner,
+        _linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),)](
+            *own, weight.data, weight.scales, out, rows, outputs, inputs,
+            FORM=weight.form, GROUP=weight.group, BM=tile.rows, BN=tile.columns, BK=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out.view(*x.shape[:-1], outputs)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+    """`x @ weight.T`: [..., I] and [O, I] -> [..., O] in x's dtype. For weights that `common.fits`."""
+    own = operand(weight)
+    out = product(ready(x.reshape(-1, x.shape[-1]), own), own, x.dtype)
+    return out.view(*x.shape[:-1], own.shape[0])

@@ -7,6 +7,10 @@ rows at a time; about 40 KiB of loads must be under way in each to keep the memo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .common import Operand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,18 @@ class Tile:
     stages: int = 3
 
 
-def product(rows: int, form: str, group: int, columns: int) -> Tile:
+def span(group: int, inputs: int, many: bool) -> int:
+    """Of 4-bit products: how many inputs a program sums at a time; `many`: experts, which have few rows each."""
+    return max(group, 64 if inputs < 256 else 256 if many else 128)
+
+
+def product(rows: int, weight: Operand, columns: int) -> Tile:
     """For products with few or many rows an expert (or in all): weights are read once where a tile holds all rows."""
     tall = 16 if rows <= 8 else 32 if rows <= 24 else 64 if rows <= 96 else 128
-    inner = group or (128 if form == "fp8" else 64)
+    inner = weight.span or (128 if weight.form == "fp8" else max(64, weight.group))
     wide = 64 if columns <= 1024 or tall == 128 else 128
-    return Tile(rows=tall, columns=wide, inner=inner, warps=4 if tall * wide <= 4096 else 8, stages=4)
+    deep = 2 if tall * inner > 16384 else 3
+    return Tile(rows=tall, columns=wide, inner=inner, warps=4 if tall * wide <= 4096 else 8, stages=deep)
 
 
 PROGRAMS = 264  # that a card should have at once: two for each of an H100's multiprocessors

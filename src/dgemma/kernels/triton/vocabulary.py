@@ -23,8 +23,11 @@ from torch import Tensor
 from ...quant import Quantized
 from ..belief import Belief
 from . import tiles
-from .common import dot, narrow, operand, power, products
-from .linear import activations
+from .common import dot, narrow, operand, power, scaled, widen
+from .linear import ready
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Step(NamedTuple):
@@ -48,34 +51,49 @@ def _scores_kernel(
     bias_count, end_count, FORM: tl.constexpr, CAPPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    # Positions are on the product's left and words on its right, so that what is summed over words is mostly one
+    # thread's own. Neighbouring programs take the same words.
     tall = tl.cdiv(n, BM)
     tile = tl.program_id(0) // tall
     rows = tl.program_id(0) % tall * BM + tl.arange(0, BM)
     lines = tile * BN + tl.arange(0, BN)
     seen, real = rows < n, lines < V
-    score = products(x, xs, rows, seen, w, ws, lines, real, K, FORM, 0, 0, BM, BN, BK)
-    broken = tl.max((tl.abs(score) < float("inf")).to(tl.int32) ^ 1, 0)
+    score = tl.zeros((BM, BN), tl.float32)
+    x_rows, w_rows = rows.to(tl.int64)[:, None] * K, lines.to(tl.int64)[:, None] * K
+    for first in range(0, K, BK):
+        inner = first + tl.arange(0, BK)[None, :]
+        value = tl.load(x + x_rows + inner, mask=seen[:, None] & (inner < K), other=0.0)
+        weight = tl.load(w + w_rows + inner, mask=real[:, None] & (inner < K), other=0.0)
+        score = dot(value, tl.trans(widen(weight, value.dtype)), score)
+    if FORM != "float":
+        score *= tl.load(ws + lines, mask=real, other=0.0)[None, :]
+    if FORM == "fp8":
+        score *= tl.load(xs + rows, mask=seen, other=0.0)[:, None]
+    broken = tl.sum(score * 0.0, 1)  # no number if one of them is none or infinite
+    # From here on scores are in units of log 2, which are what the card exponentiates.
+    heat = LOG2_E / tl.load(heats + rows, mask=seen, other=1.0)[:, None]
     if CAPPED:
-        score = cap * (1.0 - 2.0 / (tl.exp(score * (2.0 / cap)) + 1.0))
+        score = cap * heat - 2.0 * cap * heat / (tl.exp2(score * (2.0 * LOG2_E / cap)) + 1.0)
+    else:
+        score = score * heat
     for number in range(bias_count):
         word, value = tl.load(bias_words + number), tl.load(biases + number)
-        score += tl.where(lines == word, value, 0.0)[:, None]
-    score = score / tl.load(heats + rows, mask=seen, other=1.0)[None, :]
+        score += tl.where(lines == word, value, 0.0)[None, :] * heat
     refused = tl.load(barred + rows, mask=seen, other=0) != 0
     for number in range(end_count):
         word = tl.load(ends + number)
-        score = tl.where((lines == word)[:, None] & refused[None, :], float("-inf"), score)
-    score = tl.where(real[:, None], score, float("-inf"))
-    peak = tl.max(score, 0)
-    word = tl.min(tl.where(score == peak[None, :], lines[:, None], V - 1), 0)
-    logs = tl.maximum(score - tl.where(peak == float("-inf"), 0.0, peak)[None, :], -1e4)
-    weight = tl.where(score == float("-inf"), 0.0, tl.exp(logs))
-    there = rows.to(tl.int64)[None, :] * V + lines[:, None]
-    tl.store(weights + there, narrow(weight, weights.dtype.element_ty), mask=real[:, None] & seen[None, :])
-    spot = rows.to(tl.int64) * tl.cdiv(V, BN) + tile
+        score = tl.where((lines == word)[None, :] & refused[:, None], float("-inf"), score)
+    score = tl.where(real[None, :], score, float("-inf"))
+    peak = tl.max(score, 1)
+    word = tl.min(tl.where(score == peak[:, None], lines[None, :], V - 1), 1)
+    logs = tl.maximum(score - tl.where(peak == float("-inf"), 0.0, peak)[:, None], -1e4)
+    weight = tl.exp2(logs)
+    there = rows[:, None] * V + lines[None, :]
+    tl.store(weights + there, narrow(weight, weights.dtype.element_ty), mask=seen[:, None] & real[None, :])
+    spot = rows * tl.cdiv(V, BN) + tile
     tl.store(peaks + spot, peak, mask=seen)
-    tl.store(totals + spot, tl.where(broken != 0, float("nan"), tl.sum(weight, 0)), mask=seen)
-    tl.store(means + spot, tl.sum(weight * logs, 0), mask=seen)
+    tl.store(totals + spot, tl.sum(weight, 1) + broken, mask=seen)
+    tl.store(means + spot, tl.sum(weight * logs, 1), mask=seen)
     tl.store(words + spot, word, mask=seen)
 
 
@@ -92,14 +110,14 @@ def _merge_kernel(
     broken = tl.max((own != own).to(tl.int32), 0) != 0
     most = tl.max(peak, 0)
     gap = tl.maximum(peak - most, -1e4)
-    share = tl.where(real & (peak > float("-inf")), tl.exp(gap), 0.0)
+    share = tl.where(real & (peak > float("-inf")), tl.exp2(gap), 0.0)
     mass = own * share
     total = tl.sum(mass, 0)
     mean = tl.sum(share * tl.load(means + spot, mask=real, other=0.0) + mass * gap, 0)
     best = tl.min(tl.where(peak == most, tl.load(words + spot, mask=real, other=V), V), 0)
     best = tl.where(broken, 0, best)
     tl.store(argmaxes + row, best.to(tl.int64))
-    tl.store(entropies + row, tl.where(broken, float("nan"), tl.log(total) - mean / total))
+    tl.store(entropies + row, tl.where(broken, float("nan"), (tl.log2(total) - mean / total) / LOG2_E))
     tl.store(factors + spot, tl.where(mass > least * total, share / total, 0.0), mask=real)
     if SAMPLED:
         ends = tl.cumsum(mass, 0)
@@ -147,15 +165,15 @@ def _blend_kernel(
         lines = tile * BN + tl.arange(0, BN)
         there = rows.to(tl.int64)[:, None] * V + lines[None, :]
         weight = tl.load(weights + there, mask=(rows < n)[:, None] & (lines < V)[None, :], other=0.0)
+        factor = tl.load(factors + rows.to(tl.int64) * tile_count + tile, mask=rows < n, other=0.0)
+        weight = scaled(weight, factor[:, None])
         if SCALED:
-            scale = tl.load(ws + lines, mask=lines < V, other=0.0)
-            weight = narrow(weight.to(tl.float32) * scale[None, :], weights.dtype.element_ty)
+            weight = scaled(weight, tl.load(ws + lines, mask=lines < V, other=0.0)[None, :])
         there = lines.to(tl.int64)[:, None] * H + columns[None, :]
         entry = tl.load(w + there, mask=(lines < V)[:, None] & (columns < H)[None, :], other=0.0)
         if entry.dtype != weight.dtype:
             entry = narrow(entry.to(tl.float32), weights.dtype.element_ty)
-        factor = tl.load(factors + rows.to(tl.int64) * tile_count + tile, mask=rows < n, other=0.0)
-        acc += dot(weight, entry, tl.zeros((BM, BH), tl.float32)) * factor[:, None]
+        acc = dot(weight, entry, acc)
     there = (split * n + rows).to(tl.int64)[:, None] * H + columns[None, :]
     tl.store(parts + there, acc, mask=(rows < n)[:, None] & (columns < H)[None, :])
 
@@ -202,7 +220,7 @@ def step(
     ends = argmax[:0] if ends is None else ends
     barred = torch.zeros(n, dtype=torch.int8, device=device) if barred is None else barred
     bias_words, biases = (argmax[:0], entropies[:0]) if bias is None else bias
-    value, scales = activations(hidden, own)
+    value, scales = ready(hidden, own)
     padded = power(count)
     _scores_kernel[(triton.cdiv(n, tile.rows) * count,)](
         value, scales, own.data, own.scales, heats, barred, bias_words, biases, ends, weights, peaks, totals, means,
