@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from make_26b import configuration
+from make_26b import centred, configuration
 from torch import Tensor, nn
 
 from dgemma.checkpoint.load import empty_network
@@ -88,6 +88,6 @@ def random_quantized(
     else:
         data = torch.empty(*rows, width * bits // 8, dtype=torch.uint8, device=device)
         data.random_(0, 256, generator=generator)
-        data, spread = (data.view(torch.int8).clamp_(min=-127), 73.9) if bits == 8 else (data, 4.6)
+        data, spread = centred(data, bits)
     scales = torch.rand(*rows, width // group if group else 1, generator=generator, device=device) * 0.5 + 0.75
     return Quantized(bits=bits, group=group, data=data, scales=scales * width**-0.5 / spread)

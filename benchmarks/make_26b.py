@@ -126,8 +126,22 @@ def _values(layout: Layout, rows: int, width: int, generator: np.random.Generato
     if layout.name == FLOAT:
         normal = torch.from_numpy(generator.standard_normal((rows, width), dtype=np.float32))
         return (normal * 100).clamp_(-448, 448).to(torch.float8_e4m3fn), 100.0
-    values = torch.from_numpy(generator.integers(0, 256, (rows, width * layout.bits // 8), dtype=np.uint8))
-    return (values.view(torch.int8).clamp_(min=-127), 73.9) if layout.bits == 8 else (values, 4.6)
+    return centred(
+        torch.from_numpy(generator.integers(0, 256, (rows, width * layout.bits // 8), dtype=np.uint8)), layout.bits
+    )
+
+
+def centred(data: torch.Tensor, bits: int) -> tuple[torch.Tensor, float]:
+    """Random bytes as weights of 4 or 8 bits whose mean is zero, and their standard deviation.
+
+    The least value, which has no positive counterpart, becomes 0: with a mean, layer after layer would turn all tokens
+    the same way, and they would all choose the same experts.
+    """
+    if bits == 8:
+        values = data.view(torch.int8)
+        return values.masked_fill_(values == -128, 0), 73.6
+    low, high = data & 15, data >> 4
+    return torch.where(low == 0, 8, low) | torch.where(high == 0, 8, high) << 4, 4.18
 
 
 def main() -> None:

@@ -201,11 +201,12 @@ def products(
     w_rows = lines.to(tl.int64)[:, None]
     if FORM == "int4":
         x_rows = rows.to(tl.int64)[:, None] * (tl.cdiv(K, BK) * BK)
+        pitch = K // GROUP * (GROUP // 4)  # K // 4, and known to be a multiple of 8
         quarter = tl.arange(0, BK // 4)[None, :]
         groups = tl.arange(0, BK // GROUP)[None, :]
         for first in range(0, K, BK):
-            exists = first // 4 + quarter < K // GROUP * (GROUP // 4)
-            words = tl.load(w + w_rows * (K // 4) + first // 4 + quarter, mask=held[:, None] & exists, other=0)
+            exists = first // 4 + quarter < pitch
+            words = tl.load(w + w_rows * pitch + first // 4 + quarter, mask=held[:, None] & exists, other=0)
             known = held[:, None] & (first // GROUP + groups < K // GROUP)
             scale = tl.load(ws + w_rows * (K // GROUP) + first // GROUP + groups, mask=known, other=0.0)
             scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))

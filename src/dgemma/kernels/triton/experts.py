@@ -56,7 +56,7 @@ def _gate_up_kernel(
         columns = tile * BN + lanes // 2
         lines = columns + lanes % 2 * N
         groups = K // GROUP if GROUP else 1
-        pitch = K // 4 if FORM == "int4" else K
+        pitch = K // GROUP * (GROUP // 4) if FORM == "int4" else K
         mine = expert.to(tl.int64) * 2 * N
         acc = products(
             x, xs, rows, seen, w + mine * pitch, ws + mine * groups, lines, columns < N, K,
@@ -90,7 +90,7 @@ def _down_kernel(
         assigned = tl.load(order + places, mask=seen, other=0).to(tl.int64)
         lines = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
         groups = K // GROUP if GROUP else 1
-        pitch = K // 4 if FORM == "int4" else K
+        pitch = K // GROUP * (GROUP // 4) if FORM == "int4" else K
         mine = expert.to(tl.int64) * N
         acc = products(
             x, xs, places, seen, w + mine * pitch, ws + mine * groups, lines, lines < N, K,
