@@ -20,7 +20,7 @@ import torch
 from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, tiles, vocabulary
 
 KINDS = {
-    "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms scalars expert_scale",
+    "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms norms scalars expert_scale",
     "i64": "ends bias_words argmaxes samples slots", "i8": "barred",
     "i32": "order offsets segments blocks pages ranks counts ticket live taken words",
 }
@@ -78,11 +78,12 @@ def attending(form):
 def words(form):
     t, b, kinds = tiles.vocabulary(256), tiles.blend(256), WEIGHTS[form]
     sizes = {"BM": t.rows, "BN": t.columns}
-    assert "wgmma" in build(vocabulary._scores_kernel, t, {**sizes, "FORM": form, "CAPPED": True, "BK": t.inner},
+    assert "wgmma" in build(vocabulary._scores_kernel, t, {**sizes, "FORM": form, "CAPPED": True, "SHARED": True, "BK": t.inner},
                             **kinds)
-    build(vocabulary._merge_kernel, t, {"SAMPLED": True, "PADDED": 2048, "BN": t.columns}, words="*i32")
-    build(vocabulary._live_kernel, t, {"BM": b.rows, "PADDED": 2048})
-    assert "wgmma" in build(vocabulary._blend_kernel, b, {**sizes, "SCALED": form != "float", "SPLITS": 6,
+    build(vocabulary._merge_kernel, t, {"SAMPLED": True, "SHARED": True, "PADDED": 2048,
+                                                   "SCALED": form != "float", "BN": t.columns}, words="*i32", ws="*fp32")
+    build(vocabulary._live_kernel, t, {"BM": b.rows, "STEP": 16, "PADDED": 2048})
+    assert "wgmma" in build(vocabulary._blend_kernel, b, {**sizes, "SHARED": True, "SPLITS": 6,
                                                           "BH": b.inner}, **{**kinds, "x": "*bf16"})
 
 def rest(form):

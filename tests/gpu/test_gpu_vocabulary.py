@@ -7,6 +7,8 @@ import torch
 from gpu_tensors import DEVICE, near, numbers, weight
 
 from dgemma.kernels import plain, reference
+from dgemma.kernels.triton.common import operand
+from dgemma.kernels.triton.linear import ready
 from dgemma.kernels.triton.vocabulary import step
 from dgemma.kernels.wish import Wish
 
@@ -39,6 +41,27 @@ def test_step(form: str, n: int, words: int, width: int) -> None:
     assert torch.all((begin <= uniform + room) & (end >= uniform - room)) and torch.all(end > begin)
     plain_table = table.float() if isinstance(table, torch.Tensor) else table.dequantize()
     near(found.soft, share @ plain_table, 2**-7 if kind == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("heats", [[0.8, 0.4], [0.8, 0.4, 0.2, 0.02]])
+def test_weights_with_one_reference(form: str, heats: list[float]) -> None:
+    """bfloat16 under a soft-cap: sure and unsure positions, temperatures at which its exponent holds all weights, and
+    some at which it does not."""
+    n, words, width = 2 * len(heats), 300, 64
+    hidden, table = numbers(n, width, dtype=torch.bfloat16), weight(form, words, width)
+    entries = table.float() if isinstance(table, torch.Tensor) else table.dequantize()
+    hidden[: len(heats)] = (entries[7] * 100 / entries[7].norm()).bfloat16()  # near the cap
+    heat = torch.tensor(heats * 2, device=DEVICE)
+    uniform = torch.full((n,), 0.5, device=DEVICE)
+    step_of = step(hidden, table, heats=heat, cap=30.0, tolerance=2.0**-9, uniform=uniform)
+    raw = (ready(hidden, operand(table)).values.float() if form != "fp8" else hidden.float()) @ entries.T
+    scores = torch.tanh(raw / 30.0) * 30.0 / heat[:, None]
+    room = 2**-4 if form == "fp8" else 2**-6
+    near(step_of.soft, torch.softmax(scores, dim=-1) @ entries, room)
+    assert (
+        step_of.found.argmax[: len(heats)].tolist() == step_of.found.sampled[: len(heats)].tolist() == [7] * len(heats)
+    )
 
 
 def test_sure_positions_leave_tiles_out() -> None:

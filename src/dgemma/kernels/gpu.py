@@ -30,6 +30,9 @@ LEAST_CAPABILITY, FP8_CAPABILITY, ANY_CAPABILITY = (8, 0), (8, 9), (99, 0)
 TRITON, LIBRARY, PLAIN = "triton", "library", "plain"
 
 
+MANY_ROWS = 512  # from which a weight of whole numbers is made floats for the library's product
+
+
 class Choice(NamedTuple):
     """What runs an operation, and why."""
 
@@ -116,8 +119,10 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def product(own: Ready, weight: Operand, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T` of activations that are ready for the weight: [T, I] and [O, I] -> [T, O] in the dtype."""
-    from .triton.linear import product
+    from .triton.linear import product, widened
 
+    if weight.form in ("int4", "int8") and len(own.values) >= MANY_ROWS:
+        return plain.linear(own.values, widened(weight, own.values.dtype))
     if CHOICES["linear", weight.form].way != LIBRARY or (weight.form == "fp8" and not _scaled_products()):
         return product(own, weight, dtype)
     if weight.form == "float":

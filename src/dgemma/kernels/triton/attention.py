@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .common import Operand, dot, narrow, power, put
+from .common import LOG2_E, Operand, dot, narrow, power, put
 from .linear import Ready, ready, room
 
 
@@ -102,13 +102,13 @@ def plan(
 
 @triton.jit
 def _step(query, key, value, visible, highest, total, mixed):
-    """One tile of keys [BK, D] and values: the running softmax of flash attention. The scale is 1."""
+    """One tile of keys [BK, D] and values: the running softmax of flash attention, in units of log 2. The scale is 1."""
     score = dot(query, tl.trans(key), tl.zeros((query.shape[0], key.shape[0]), tl.float32))
     score = tl.where(visible, score, float("-inf"))
-    peak = tl.maximum(highest, tl.max(score, 1))
+    peak = tl.maximum(highest, tl.max(score, 1) * LOG2_E)
     base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
-    weight = tl.exp(score - base[:, None])
-    shrink = tl.exp(highest - base)
+    weight = tl.exp2(score * LOG2_E - base[:, None])
+    shrink = tl.exp2(highest - base)
     total = total * shrink + tl.sum(weight, 1)
     mixed = dot(narrow(weight, value.dtype), value, mixed * shrink[:, None])
     return peak, total, mixed
@@ -201,7 +201,7 @@ def _merge_kernel(
     total, mixed = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for part in tl.static_range(SPLITS):
         spot = part * tokens * heads + place
-        share = tl.exp(tl.load(peaks + spot, mask=inside, other=0.0) - highest)
+        share = tl.exp2(tl.load(peaks + spot, mask=inside, other=0.0) - highest)
         total += tl.load(sums + spot, mask=inside, other=1.0) * share
         mixed += tl.load(parts + spot * D + lanes % D, mask=inside, other=0.0) * share
     put(out, scales, row, lanes, narrow(mixed / total, kind.dtype.element_ty), heads * D, FORM, SPAN)

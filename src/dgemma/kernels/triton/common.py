@@ -15,6 +15,7 @@ from . import tiles
 # The interpreter multiplies the bits of bfloat16 as if they were whole numbers, and does not round when it narrows.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 FP8_MOST = tl.constexpr(448.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Operand(NamedTuple):
@@ -156,7 +157,7 @@ def put(out, scales, row, lanes, value, K, FORM: tl.constexpr, SPAN: tl.constexp
     behind K.
 
     "fp8": divided by a scale that makes the largest 448. "int4": in `spread` order, of each SPAN inputs every fourth
-    one from the first, then from the second, the third and the fourth; a row has K filled up to SPAN.
+    one from the first, then from the second, the third and the fourth; a row has K filled up to SPAN with zeros.
     """
     inside = lanes < K
     if FORM == "fp8":
@@ -165,7 +166,8 @@ def put(out, scales, row, lanes, value, K, FORM: tl.constexpr, SPAN: tl.constexp
         tl.store(out + row * K + lanes, narrow(wide / scale, tl.float8e4nv), mask=inside)
         tl.store(scales + row, scale)
     elif FORM == "int4":
-        tl.store(out + row * (tl.cdiv(K, SPAN) * SPAN) + spread(lanes, SPAN), value, mask=inside)
+        pitch = tl.cdiv(K, SPAN) * SPAN
+        tl.store(out + row * pitch + spread(lanes, SPAN), value, mask=lanes < pitch)
     else:
         tl.store(out + row * K + lanes, value, mask=inside)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...quant import Quantized
 from . import tiles
-from .common import Operand, narrow, operand, power, products, put
+from .common import Operand, narrow, nibbles, operand, power, products, put
 from .tiles import Tile
 
 
@@ -42,6 +42,43 @@ def _linear_kernel(
     acc = products(x, xs, rows, rows < T, w, ws, lines, lines < N, K, FORM, GROUP, 0, BM, BN, BK)
     places = out + rows.to(tl.int64)[None, :] * N + lines[:, None]
     tl.store(places, narrow(acc, out.dtype.element_ty), mask=(rows < T)[None, :] & (lines < N)[:, None])
+
+
+@triton.jit
+def _widen_kernel(w, ws, out, N, K, FORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    lines, kind = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None], out.dtype.element_ty
+    held, first = lines < N, tl.program_id(0) * BK
+    if FORM == "int4":
+        pitch = K // GROUP * (GROUP // 4)
+        quarter = tl.arange(0, BK // 4)[None, :]
+        words = tl.load(w + lines * pitch + first // 4 + quarter, mask=held & (first // 4 + quarter < pitch), other=0)
+        groups = first // GROUP + tl.arange(0, BK // GROUP)[None, :]
+        scale = tl.load(ws + lines * (K // GROUP) + groups, mask=held & (groups < K // GROUP), other=0.0)
+        scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
+        one, two, three, four = nibbles(words, tl.reshape(scale, (BN, BK // 4)), kind)
+        there = out + lines * (tl.cdiv(K, BK) * BK) + first + quarter
+        tl.store(there, one, mask=held)
+        tl.store(there + BK // 4, two, mask=held)
+        tl.store(there + BK // 2, three, mask=held)
+        tl.store(there + BK // 4 * 3, four, mask=held)
+    else:
+        inner = first + tl.arange(0, BK)[None, :]
+        there, group = held & (inner < K), inner // GROUP if GROUP else 0
+        scale = tl.load(ws + lines * (K // GROUP if GROUP else 1) + group, mask=there, other=0.0)
+        value = tl.load(w + lines * K + inner, mask=there, other=0).to(tl.float32) * scale
+        tl.store(out + lines * K + inner, narrow(value, kind), mask=there)
+
+
+def widened(weight: Operand, dtype: torch.dtype) -> Tensor:
+    """A weight of whole numbers as floats, [O, I] with inputs in the order of activations that are `ready` for it."""
+    outputs, inputs = weight.shape
+    span = weight.span or 128
+    width = triton.cdiv(inputs, span) * span if weight.span else inputs
+    out = torch.empty(outputs, width, dtype=dtype, device=weight.data.device)
+    _widen_kernel[(triton.cdiv(inputs, span), triton.cdiv(outputs, 64))](
+        weight.data, weight.scales, out, outputs, inputs, FORM=weight.form, GROUP=weight.group, BN=64, BK=span
+    )
+    return out
 
 
 def room(rows: int, like: Tensor, weight: Operand) -> Ready:

@@ -122,6 +122,6 @@ def route(scores: Tensor, k: int, expert_scale: Tensor) -> Routing:
     _route_kernel[(programs,)](
         scores.contiguous(), expert_scale, out.weights, out.experts, ranks, counts, _tickets[device], out.order,
         out.offsets, tokens, count, k,
-        BT=TOKENS, PADDED=padded, PROGRAMS=power(programs), SPOTS=1024, num_warps=8,
+        BT=TOKENS, PADDED=padded, PROGRAMS=power(programs), SPOTS=min(4096, power(tokens * k)), num_warps=8,
     )  # fmt: skip
     return out

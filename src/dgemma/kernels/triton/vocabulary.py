@@ -2,13 +2,19 @@
 
 1. *scores*: a program has some positions and a tile of words. It keeps what the tile says of each position (largest
    score, its word, the sum of weights exp(score - largest), their weighted logarithms) and writes the weights in the
-   activations' dtype. No score goes to memory.
+   activations' dtype, times their words' scales where the table has some. No score goes to memory.
 2. *merge*: one program a position puts its tiles together: argmax, entropy, the tile that holds the sample and the
    word in it; and each tile's factor, which turns its weights into probabilities. Tiles with next to nothing of a
    position's weight get the factor 0.
 3. *live*: for each block of positions, the tiles in which any has a factor.
 4. *blend*: probabilities times the table, over the live tiles alone. The tiles are split among programs, and the parts
    are added in order.
+
+A soft-cap bounds scores on both sides. Where bfloat16's exponent holds all that lies between, at any temperature above
+0.38 for a cap of 30, a position's weights are all written relative to one number that is known before the largest
+score is, and the blend is a product and nothing else. Else each tile has its own, and weights meet factors on their way
+into the product. In float32 it is always so: there a position's result does not depend on the others', while in
+bfloat16 a tile that another position of its block needs adds what it has, which is below the tolerance.
 """
 
 from __future__ import annotations
@@ -23,11 +29,12 @@ from torch import Tensor
 from ...quant import Quantized
 from ..belief import Belief
 from . import tiles
-from .common import dot, narrow, operand, power, scaled, widen
+from .common import LOG2_E, dot, narrow, operand, power, scaled, widen
 from .linear import ready
 
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+# Of scores in units of log 2: a bound up to which weights have one reference, and the largest weight's exponent then.
+# The smallest one's is 100 - 2 * 113, and products of the largest with all words of a table stay finite.
+BOUND, TOP = tl.constexpr(113.0), tl.constexpr(100.0)
 
 
 class Step(NamedTuple):
@@ -48,7 +55,7 @@ class Step(NamedTuple):
 @triton.jit
 def _scores_kernel(
     x, xs, w, ws, heats, barred, bias_words, biases, ends, weights, peaks, totals, means, words, n, V, K, cap,
-    bias_count, end_count, FORM: tl.constexpr, CAPPED: tl.constexpr,
+    bias_count, end_count, FORM: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Positions are on the product's left and words on its right, so that what is summed over words is mostly one
@@ -73,9 +80,8 @@ def _scores_kernel(
     # From here on scores are in units of log 2, which are what the card exponentiates.
     heat = LOG2_E / tl.load(heats + rows, mask=seen, other=1.0)[:, None]
     if CAPPED:
-        score = cap * heat - 2.0 * cap * heat / (tl.exp2(score * (2.0 * LOG2_E / cap)) + 1.0)
-    else:
-        score = score * heat
+        score = cap - 2.0 * cap / (tl.exp2(score * (2.0 * LOG2_E / cap)) + 1.0)
+    score *= heat
     for number in range(bias_count):
         word, value = tl.load(bias_words + number), tl.load(biases + number)
         score += tl.where(lines == word, value, 0.0)[None, :] * heat
@@ -88,8 +94,13 @@ def _scores_kernel(
     word = tl.min(tl.where(score == peak[:, None], lines[None, :], V - 1), 1)
     logs = tl.maximum(score - tl.where(peak == float("-inf"), 0.0, peak)[:, None], -1e4)
     weight = tl.exp2(logs)
+    stored = weight
+    if SHARED:
+        stored *= tl.exp2(tl.where(cap * heat <= BOUND, peak[:, None] - cap * heat + TOP, 0.0))
+    if FORM != "float":
+        stored *= tl.load(ws + lines, mask=real, other=0.0)[None, :]
     there = rows[:, None] * V + lines[None, :]
-    tl.store(weights + there, narrow(weight, weights.dtype.element_ty), mask=seen[:, None] & real[None, :])
+    tl.store(weights + there, narrow(stored, weights.dtype.element_ty), mask=seen[:, None] & real[None, :])
     spot = rows * tl.cdiv(V, BN) + tile
     tl.store(peaks + spot, peak, mask=seen)
     tl.store(totals + spot, tl.sum(weight, 1) + broken, mask=seen)
@@ -99,8 +110,9 @@ def _scores_kernel(
 
 @triton.jit
 def _merge_kernel(
-    weights, peaks, totals, means, words, uniforms, factors, argmaxes, samples, entropies, V, tile_count, least,
-    SAMPLED: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
+    weights, ws, heats, peaks, totals, means, words, uniforms, factors, norms, argmaxes, samples, entropies, V,
+    tile_count, least, cap,
+    SHARED: tl.constexpr, SCALED: tl.constexpr, SAMPLED: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, PADDED)
@@ -118,7 +130,13 @@ def _merge_kernel(
     best = tl.where(broken, 0, best)
     tl.store(argmaxes + row, best.to(tl.int64))
     tl.store(entropies + row, tl.where(broken, float("nan"), (tl.log2(total) - mean / total) / LOG2_E))
-    tl.store(factors + spot, tl.where(mass > least * total, share / total, 0.0), mask=real)
+    factor, norm = share / total, 0.0
+    if SHARED:
+        bound = cap * LOG2_E / tl.load(heats + row)
+        norm = tl.where(bound <= BOUND, tl.exp2(bound - TOP - most) / total, 0.0)
+        factor = tl.where(bound <= BOUND, norm, factor)
+    tl.store(norms + row, norm)
+    tl.store(factors + spot, tl.where(mass > least * total, factor, 0.0), mask=real)
     if SAMPLED:
         ends = tl.cumsum(mass, 0)
         target = tl.load(uniforms + row) * tl.max(ends, 0)
@@ -128,6 +146,8 @@ def _merge_kernel(
         inside = inside / tl.sum(tl.where(lanes == tile, mass, 0.0), 0)
         line = tile * BN + tl.arange(0, BN)
         weight = tl.load(weights + row * V + line, mask=line < V, other=0.0).to(tl.float32)
+        if SCALED:
+            weight = weight / tl.load(ws + line, mask=line < V, other=1.0)
         ends = tl.cumsum(weight, 0)
         last = tl.max(tl.where(weight > 0.0, tl.arange(0, BN), 0), 0)
         word = tl.minimum(tl.sum((ends <= inside * tl.max(ends, 0)).to(tl.int32), 0), last) + tile * BN
@@ -135,14 +155,17 @@ def _merge_kernel(
 
 
 @triton.jit
-def _live_kernel(factors, live, counts, taken, n, tile_count, BM: tl.constexpr, PADDED: tl.constexpr):
+def _live_kernel(
+    factors, live, counts, taken, n, tile_count, BM: tl.constexpr, STEP: tl.constexpr, PADDED: tl.constexpr
+):
     block = tl.program_id(0)
     lanes = tl.arange(0, PADDED)
     users = tl.zeros((PADDED,), tl.int32)
-    for row in range(block * BM, tl.minimum(n, block * BM + BM)):
-        there = factors + (tl.full((), 0, tl.int64) + row) * tile_count + lanes
-        factor = tl.load(there, mask=lanes < tile_count, other=0.0)
-        users += (factor != 0.0).to(tl.int32)
+    for first in range(block * BM, tl.minimum(n, block * BM + BM), STEP):
+        rows = first + tl.arange(0, STEP)
+        there = factors + rows.to(tl.int64)[:, None] * tile_count + lanes[None, :]
+        factor = tl.load(there, mask=(rows < n)[:, None] & (lanes < tile_count)[None, :], other=0.0)
+        users += tl.sum((factor != 0.0).to(tl.int32), 0)
     used = (users > 0).to(tl.int32)
     tl.store(live + block * tile_count + tl.cumsum(used, 0) - 1, lanes, mask=users > 0)
     tl.store(counts + block, tl.sum(used, 0))
@@ -150,30 +173,43 @@ def _live_kernel(factors, live, counts, taken, n, tile_count, BM: tl.constexpr, 
 
 
 @triton.jit
+def _tile(weights, w, lines, rows, columns, n, V, H):
+    """Of a tile of words: weights [BM, BN], and the table's rows [BN, BH] in their dtype."""
+    there = rows[:, None] * V + lines[None, :]
+    weight = tl.load(weights + there, mask=(rows < n)[:, None] & (lines < V)[None, :], other=0.0)
+    there = lines.to(tl.int64)[:, None] * H + columns[None, :]
+    entry = tl.load(w + there, mask=(lines < V)[:, None] & (columns < H)[None, :], other=0.0)
+    return weight, widen(entry, weight.dtype)
+
+
+@triton.jit
 def _blend_kernel(
-    weights, factors, live, counts, w, ws, parts, n, V, H, tile_count,
-    SCALED: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    weights, factors, norms, live, counts, w, parts, n, V, H, tile_count,
+    SHARED: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(1), tl.program_id(2)
     rows = block * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BH + tl.arange(0, BH)
     count = tl.load(counts + block)
     each = tl.cdiv(count, SPLITS)
+    begin, end = split * each, tl.minimum((split + 1) * each, count)
     acc = tl.zeros((BM, BH), tl.float32)
-    for number in range(split * each, tl.minimum((split + 1) * each, count)):
-        tile = tl.load(live + block * tile_count + number)
-        lines = tile * BN + tl.arange(0, BN)
-        there = rows.to(tl.int64)[:, None] * V + lines[None, :]
-        weight = tl.load(weights + there, mask=(rows < n)[:, None] & (lines < V)[None, :], other=0.0)
-        factor = tl.load(factors + rows.to(tl.int64) * tile_count + tile, mask=rows < n, other=0.0)
-        weight = scaled(weight, factor[:, None])
-        if SCALED:
-            weight = scaled(weight, tl.load(ws + lines, mask=lines < V, other=0.0)[None, :])
-        there = lines.to(tl.int64)[:, None] * H + columns[None, :]
-        entry = tl.load(w + there, mask=(lines < V)[:, None] & (columns < H)[None, :], other=0.0)
-        if entry.dtype != weight.dtype:
-            entry = narrow(entry.to(tl.float32), weights.dtype.element_ty)
-        acc = dot(weight, entry, acc)
+    norm = tl.load(norms + rows, mask=rows < n, other=1.0)
+    shared = False
+    if SHARED:
+        shared = tl.min(norm, 0) > 0.0
+    if shared:
+        for number in range(begin, end):
+            lines = tl.load(live + block * tile_count + number) * BN + tl.arange(0, BN)
+            weight, entry = _tile(weights, w, lines, rows, columns, n, V, H)
+            acc = dot(weight, entry, acc)
+        acc = acc * norm[:, None]
+    else:
+        for number in range(begin, end):
+            tile = tl.load(live + block * tile_count + number)
+            weight, entry = _tile(weights, w, tile * BN + tl.arange(0, BN), rows, columns, n, V, H)
+            factor = tl.load(factors + rows.to(tl.int64) * tile_count + tile, mask=rows < n, other=0.0)
+            acc = dot(scaled(weight, factor[:, None]), entry, acc)
     there = (split * n + rows).to(tl.int64)[:, None] * H + columns[None, :]
     tl.store(parts + there, acc, mask=(rows < n)[:, None] & (columns < H)[None, :])
 
@@ -191,7 +227,7 @@ def step(
     bias: tuple[Tensor, Tensor] | None = None,
     soft: bool = True,
 ) -> Step:
-    """Hidden states [n, H] against a table [V, H]: of floats, FP8 or 8 bits with a scale a row.
+    """Hidden states [n, H] against a table [V, H]: of floats, FP8 or 8 bits with a scale a row; n * V below 2^31.
 
     Positions may be those of several requests: each has its own temperature. The sample is the first word whose
     cumulative weight is above the position's share of the total, weights within a tile of words as rounded in memory.
@@ -206,10 +242,12 @@ def step(
     """
     own = operand(table)
     n, (words, width), device = len(hidden), own.shape, hidden.device
+    assert n * words < 1 << 31
     tile = tiles.vocabulary(n)
     count = triton.cdiv(words, tile.columns)
     weights = torch.empty(n, words, dtype=hidden.dtype, device=device)
     peaks, totals, means, factors = torch.empty(4, n, count, device=device)
+    shared = cap is not None and bias is None and hidden.dtype != torch.float32
     best = torch.empty(n, count, dtype=torch.int32, device=device)
     argmax, entropies = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, device=device)
     sampled = argmax if uniform is None else torch.empty_like(argmax)
@@ -225,12 +263,13 @@ def step(
     _scores_kernel[(triton.cdiv(n, tile.rows) * count,)](
         value, scales, own.data, own.scales, heats, barred, bias_words, biases, ends, weights, peaks, totals, means,
         best, n, words, width, cap or 0.0, len(bias_words), len(ends), FORM=own.form, CAPPED=cap is not None,
-        BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+        SHARED=shared, BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    norms = torch.empty(n, device=device)
     _merge_kernel[(n,)](
-        weights, peaks, totals, means, best, entropies if uniform is None else uniform, factors, argmax, sampled,
-        entropies, words, count, tolerance / count, SAMPLED=uniform is not None, PADDED=padded, BN=tile.columns,
-        num_warps=4,
+        weights, own.scales, heats, peaks, totals, means, best, entropies if uniform is None else uniform, factors,
+        norms, argmax, sampled, entropies, words, count, tolerance / count, cap or 0.0, SHARED=shared,
+        SCALED=own.form != "float", SAMPLED=uniform is not None, PADDED=padded, BN=tile.columns, num_warps=4,
     )  # fmt: skip
     if not soft:
         return Step(found, None, share)
@@ -239,11 +278,11 @@ def step(
     splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
     live = torch.empty(blocks, count, dtype=torch.int32, device=device)
     counts, taken = torch.empty(2, blocks, dtype=torch.int32, device=device)
-    _live_kernel[(blocks,)](factors, live, counts, taken, n, count, BM=blend.rows, PADDED=padded)
+    _live_kernel[(blocks,)](factors, live, counts, taken, n, count, BM=blend.rows, STEP=16, PADDED=padded, num_warps=16)
     parts = torch.empty(splits, n, width, device=device)
     _blend_kernel[(wide, blocks, splits)](
-        weights, factors, live, counts, own.data, own.scales, parts, n, words, width, count,
-        SCALED=own.form != "float", SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.inner,
+        weights, factors, norms, live, counts, own.data, parts, n, words, width, count,
+        SHARED=shared, SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.inner,
         num_warps=blend.warps, num_stages=blend.stages,
     )  # fmt: skip
     return Step(found, parts.sum(dim=0), taken.sum() / (n * count))
