@@ -12,8 +12,8 @@
 
 Needs python, torch, triton, numpy, safetensors, tokenizers, and transformers for the last section; no network. Random
 weights measure time and memory and say nothing of text; routing is near uniform and no word unlikely, the worst case.
-The floor of a step is its weights and cached keys and values, read once (the table twice), at the rate of a copy or a sum
-measured in the same run. What there was no time for is named, not left out in silence. Raw records go under
+The floor of a step is its weights and cached keys and values, read once (the table twice), at the rate of a copy or a
+sum measured in the same run. What there was no time for is named, not left out in silence. Raw records go under
 benchmarks/results/; the last line of output is one JSON object.
 """
 

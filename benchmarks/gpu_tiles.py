@@ -122,11 +122,15 @@ def _experts(operation: str, form: str, tokens: int) -> Case:
     first, few = operation == "gate_up", tokens <= 256
     rows = (16, 32) if few else (64, 128)
     if form == "int4":
-        trials = grid(rows, (32, 64) if first else (64, 128), (256,), (4, 2), (4, 3), (8, 2), (8, 3))
+        shapes = ((4, 2), (4, 3), (8, 2), (8, 3)) if few else ((4, 2), (8, 2), (8, 3))
+        trials = grid(rows, (32, 64) if first else (64, 128), (256,), *shapes)
+    elif first:
+        trials = grid(rows, (64,), (128, 256) if form == "fp8" else (64, 128), (4, 3), (4, 4), (8, 3), (8, 4))
+    elif form == "fp8":
+        trials = grid(rows, (64, 128, 256), (64, 128, 256), (4, 3), (4, 4), (8, 3), (8, 4))
+        trials = [t for t in trials if t.columns * t.inner <= 16384 and (t.columns > 64 or t.warps == 4)]
     else:
-        inner = (64,) if not first or form != "fp8" else (128, 256) if few else (128,)
-        columns = ((64,) if form == "fp8" else (32, 64)) if first else (64, 128)
-        trials = grid(rows, columns, inner, (4, 3), (4, 4), (8, 3), (8, 4), *(((4, 6),) if few else ()))
+        trials = grid(rows, (64, 128), (64, 128), (4, 3), (4, 4), (8, 3), (8, 4))
 
     def run(tile: Tile) -> Tensor:
         pair = (tile, two) if first else (one, tile)
@@ -177,7 +181,7 @@ def _attend_after(shape: AttentionShape, prefix: int, tokens: int) -> Case:
     kind = "sliding" if shape.sliding else "full"
     return Case(
         f"attend {kind} after {prefix}, {tokens} rows", run, tiles.attention(shape.head_dim),
-        grid(rows, (32, 64), splits, (4, 2), (8, 2)), sum(p.nbytes for p in pools),
+        [*grid(rows, (32,), splits, (8, 2), (8, 3)), *grid(rows, (64,), splits, (8, 2))], sum(p.nbytes for p in pools),
     )  # fmt: skip
 
 
@@ -192,7 +196,7 @@ def _vocabulary(operation: str, form: str, tokens: int) -> Case:
             return vocabulary.step(hidden, table, heats=heats, cap=30.0, tolerance=2.0**-9, uniform=uniform, soft=soft)
 
     if soft:
-        trials = grid((128, 256), (128,), (128, 256), (8, 2), (8, 3))
+        trials = [t for t in grid((128, 256), (128,), (128, 256), (8, 2), (8, 3)) if t.rows + t.inner < 512]
     else:
         inner = (64,) if form != "fp8" else (128,)
         trials = [t for t in grid((128, 256), (128, 256), inner, (8, 3), (8, 4)) if t.rows + t.columns < 512]

@@ -102,7 +102,7 @@ def plan(
 
 @triton.jit
 def _step(query, key, value, visible, highest, total, mixed):
-    """One tile of keys [BK, D] and values: the running softmax of flash attention, in units of log 2. The scale is 1."""
+    """A tile of keys [BK, D] and values: the running softmax of flash attention, in units of log 2; the scale is 1."""
     score = dot(query, tl.trans(key), tl.zeros((query.shape[0], key.shape[0]), tl.float32))
     score = tl.where(visible, score, float("-inf"))
     peak = tl.maximum(highest, tl.max(score, 1) * LOG2_E)

@@ -196,7 +196,7 @@ def products(
     Args:
         rows, seen: [BM] rows of x [_, K] and which of them exist; in "int4" a row has K filled up to BK.
         lines, held: [BN] rows of w [_, K] and which of them exist.
-        xs: scales of an FP8 x: a row each, or for each SPAN of its inputs; then BK is as wide.
+        xs: scales of an FP8 x: a row each, or for each SPAN of its inputs, of which BK has some.
         GROUP: inputs that share a weight's scale, of which BK has some; 0: a row.
     """
     acc = tl.zeros((BN, BM), tl.float32)
@@ -218,6 +218,19 @@ def products(
             acc = dot(two, tl.trans(tl.load(there + BK // 4, mask=exists, other=0.0)), acc)
             acc = dot(three, tl.trans(tl.load(there + BK // 2, mask=exists, other=0.0)), acc)
             acc = dot(four, tl.trans(tl.load(there + BK // 4 * 3, mask=exists, other=0.0)), acc)
+    elif SPAN:
+        x_rows = rows.to(tl.int64)[:, None] * K
+        scales = xs + rows.to(tl.int64) * tl.cdiv(K, SPAN)
+        scale = tl.load(scales, mask=seen, other=0.0)
+        for first in range(0, K, BK):
+            for part in tl.static_range(BK // SPAN):
+                inner = first + part * SPAN + tl.arange(0, SPAN)[None, :]
+                weight = tl.load(w + w_rows * K + inner, mask=held[:, None] & (inner < K), other=0.0)
+                value = tl.load(x + x_rows + inner, mask=seen[:, None] & (inner < K), other=0.0)
+                place = rows * 0 + first // SPAN + part + 1
+                following = tl.load(scales + place, mask=seen & (place * SPAN < K), other=0.0)  # before it is needed
+                acc += dot(weight, tl.trans(value), tl.zeros((BN, BM), tl.float32)) * scale[None, :]
+                scale = following
     else:
         x_rows = rows.to(tl.int64)[:, None] * K
         for first in range(0, K, BK):
@@ -230,12 +243,7 @@ def products(
                 scale = tl.load(ws + w_rows * (K // GROUP) + groups, mask=known, other=0.0)
                 scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP)), (BN, BK))
                 weight = narrow(weight.to(tl.float32) * scale, value.dtype)
-            if SPAN:
-                scale = tl.load(xs + rows.to(tl.int64) * tl.cdiv(K, SPAN) + first // SPAN, mask=seen, other=0.0)
-                part = dot(weight, tl.trans(value), tl.zeros((BN, BM), tl.float32))
-                acc += part * scale[None, :]
-            else:
-                acc = dot(widen(weight, value.dtype), tl.trans(value), acc)
+            acc = dot(widen(weight, value.dtype), tl.trans(value), acc)
     if FORM != "float" and not GROUP:
         acc *= tl.load(ws + lines, mask=held, other=0.0)[:, None]
     if FORM == "fp8" and not SPAN:
