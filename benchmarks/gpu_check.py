@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import multiprocessing
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,72 +38,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from gpu_kernels import Maker, cases, gap, timed
-from gpu_rows import ask, config_rows, floor_bytes, rows_of
-from gpu_weights import FORMS, config_of, nbytes, network_of
-from record import Results
+from gpu_rows import ask, finish
+from gpu_run import Check
+from gpu_steps import steps
+from gpu_warm import warm, warm_kernels
+from gpu_weights import FORMS, config_of, network_of
 
 from dgemma.engine import Engine, EngineSettings
-from dgemma.engine.card import CardForward
-from dgemma.engine.forward import Work
 from dgemma.model import Network
 from dgemma.model.moe import Experts
 from dgemma.model.offload import ExpertStream
 
 SECTIONS = ("kernels", "engine", "steps", "protocol", "transformers")
-LAYERS = 30
-PROFILED, PROFILE_STEPS = (1, 8), 3
 BATCHES, PREFIXES = (1, 2, 4, 8, 16), (256, 1024, 8192, 32_768)
-TARGETS = {"fp8": ("S3", 10.0), "int4": ("S4", 7.0)}  # ms a step, one request, 1,024 tokens before it
-
-
-class Check:
-    """One run: options, time left, records."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.tiny, self.forms = options.tiny, options.forms
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.end = time.monotonic() + options.seconds
-        self.results = Results("gpu-check" + ("-tiny" if self.tiny else ""), vars(options) | {"out": None}, options.out)
-        self.figures: dict[str, Any] = {}
-        self.left_out: list[str] = []
-        self.layers = 2 if self.tiny else LAYERS
-        self.batches, self.prefixes = ((2,), (8, 24)) if self.tiny else (options.batches, options.prefixes)
-        self.bandwidth = self._memory_rate()
-
-    def say(self, text: str, **record: Any) -> None:
-        """A record, and a line for who watches."""
-        self.results.add(**record)
-        sys.stderr.write(text + "\n")
-
-    def time_for(self, what: str, seconds: float) -> bool:
-        """Whether there is time; what there is none for is named in the end."""
-        if self.end - time.monotonic() > seconds or self.tiny:
-            return True
-        self.left_out.append(what)
-        return False
-
-    def free(self) -> None:
-        """Gives memory back before the next network."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> float:
-        """GB that the allocator had given out at most since `free`."""
-        return torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
-
-    def _memory_rate(self) -> float:
-        """Bytes a second: of a copy, read and written, or of a sum, which only reads; the better."""
-        source = torch.empty(1 << (20 if self.tiny else 31), dtype=torch.uint8, device=self.device)
-        target, numbers = torch.empty_like(source), source.zero_().view(torch.float32)
-        copied = 2 * source.nbytes / timed(lambda: target.copy_(source), self.device)
-        read = source.nbytes / timed(lambda: numbers.sum(), self.device)
-        self.say(
-            f"memory: {copied / 1e9:.0f} GB/s copied, {read / 1e9:.0f} GB/s read",
-            section="bandwidth", copied=copied, read=read,
-        )  # fmt: skip
-        return max(copied, read)
 
 
 def kernels(check: Check) -> None:
@@ -149,7 +95,7 @@ def engine(check: Check) -> None:
         ]
         pair.insert(1, Engine(_streamed(own), None, pair[0].settings))
         found, offloaded, wanted = (
-            [_finish(e.submit(ask(config, p, seed=n, new=8, steps=2)))[0] for n, p in enumerate(prompts)] for e in pair
+            [finish(e.submit(ask(config, p, seed=n, new=8, steps=2)))[0] for n, p in enumerate(prompts)] for e in pair
         )
     else:
         card = dgemma.load("demo", device="cuda", dtype="float32", engine=EngineSettings(kernels="triton"))
@@ -182,91 +128,6 @@ def _streamed(network: Network) -> Network:
     return own
 
 
-def steps(check: Check) -> None:
-    """Seconds of a step, with all that belongs to it, by format, requests at once and prefix."""
-    found = check.figures.setdefault("step_ms", {})
-    for form in check.forms:
-        check.free()
-        config = config_of(check.layers, tiny=check.tiny)
-        if not check.time_for(f"steps {form}", 40):
-            continue
-        network = network_of(config, form, check.device)
-        limit = max(check.prefixes) + 2 * config.canvas_length
-        for batch in check.batches:
-            pages, canvases = config_rows(config, batch, limit)
-            try:
-                forward = CardForward(network, pages, canvases=canvases, limit=limit)
-            except torch.OutOfMemoryError:
-                check.left_out.append(f"steps {form} x{batch}: the cache does not fit")
-                continue
-            for prefix in check.prefixes:
-                name = f"{form} x{batch} after {prefix}"
-                if check.time_for(name, 20):
-                    rows = rows_of(forward, pages, batch, prefix)
-                    seconds = _step_seconds(check, forward, rows)
-                    floor = floor_bytes(network, batch, prefix) / check.bandwidth
-                    found[name] = round(seconds * 1e3, 2)
-                    check.say(
-                        f"{name}: {seconds * 1e3:.2f} ms a step, floor {floor * 1e3:.2f} ms ({floor / seconds:.0%})",
-                        section="steps", form=form, batch=batch, prefix=prefix, seconds=seconds, floor_seconds=floor,
-                        weights_bytes=nbytes(network), peak_gb=check.peak(),
-                    )  # fmt: skip
-                    if batch in PROFILED and prefix == 1024:
-                        _profile(check, name, forward, rows)
-                    for row in rows:
-                        row.leave()
-            del forward
-        del network
-        _memory(check, form)
-    for form, (name, target) in TARGETS.items():
-        own = found.get(f"{form} x1 after 1024")
-        check.figures[name] = {"ms": own, "target_ms": target}
-    near, far = found.get("fp8 x1 after 256"), found.get("fp8 x1 after 8192")
-    check.figures["S6"] = {"ratio": round(far / near, 3) if near and far else None, "target": 1.25}
-
-
-def _profile(check: Check, name: str, forward: CardForward, rows: list[Any]) -> None:
-    """Where a step's time goes on the card, kernel by kernel."""
-    from torch.profiler import ProfilerActivity, profile
-
-    works = [Work(row=row, encode=0, denoise=True) for row in rows]
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(PROFILE_STEPS):
-            forward.run(works)
-    found = [(e.key, e.count // PROFILE_STEPS, e.device_time_total / PROFILE_STEPS) for e in seen.key_averages()]
-    found.sort(key=lambda one: -one[2])
-    check.results.add(section="profile", name=name, kernels=found)
-    told = "\n".join(f"  {spent:8.0f} us {count:5} x {kernel[:90]}" for kernel, count, spent in found[:24])
-    sys.stderr.write(f"{name}: {sum(spent for _, _, spent in found) / 1e3:.2f} ms in kernels\n{told}\n")
-
-
-def _step_seconds(check: Check, forward: CardForward, rows: list[Any]) -> float:
-    """A step by the wall, the median of several: what the host does is in it."""
-    works = [Work(row=row, encode=0, denoise=True) for row in rows]
-    seconds = []
-    for number in range(1 if check.tiny else 15):
-        started = time.perf_counter()
-        failed = forward.run(works)
-        assert not failed, failed
-        if number >= (0 if check.tiny else 3):  # the first ones compile, record and replay for the first time
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-def _memory(check: Check, form: str) -> None:
-    """The allocator's peak of one request with 8k tokens before it: weights, cache and all transients."""
-    check.free()
-    config = config_of(check.layers, tiny=check.tiny)
-    prefix = 24 if check.tiny else 8192
-    network = network_of(config, form, check.device)
-    check.free()  # what drawing the weights took is none of it
-    pages, canvases = config_rows(config, 1, prefix + config.canvas_length)
-    forward = CardForward(network, pages, canvases=canvases, limit=prefix + config.canvas_length)
-    _step_seconds(check, forward, rows_of(forward, pages, 1, prefix))
-    check.figures.setdefault("memory_gb", {})[form] = round(check.peak(), 2)
-    check.say(f"{form}: {check.peak():.2f} GB at most, 8k tokens", section="memory", form=form, gb=check.peak())
-
-
 def protocol(check: Check) -> None:
     """Tokens a second of the engine at 16 fixed steps a canvas, and of the same weights one token at a time."""
     found = check.figures.setdefault("tokens_per_second", {})
@@ -296,7 +157,7 @@ def protocol(check: Check) -> None:
                         own.submit(ask(config, [17 + n] * given, seed=n, new=length, steps=steps, mode=mode))
                         for n in range(batch)
                     ]
-                    count = sum(_finish(ticket)[1] for ticket in tickets)
+                    count = sum(finish(ticket)[1] for ticket in tickets)
                     if number or check.tiny:
                         rates.append(count / (time.perf_counter() - started))
                 found[name] = round(statistics.median(rates), 1)
@@ -314,69 +175,10 @@ def transformers(check: Check) -> None:
     from gpu_peer import peer_rate
 
     given, new = (24, 16) if check.tiny else (1024, 1024)
-    layers = check.layers
-    rates = peer_rate(layers, check.tiny, check.device, given, new, rounds=1 if check.tiny else 3)
+    rates = peer_rate(check.layers, check.tiny, check.device, given, new, rounds=1 if check.tiny else 3)
     rate = statistics.median(rates)
     check.say(f"transformers bfloat16: {rate:.1f} tokens/s", section="transformers", rates=rates)
-    ours = check.figures.get("tokens_per_second", {}).get("bfloat16 x1 diffusion")
-    check.figures["transformers"] = {"tokens_per_second": round(rate, 1), "ours_bfloat16": ours}
-
-
-def _finish(ticket: Any) -> tuple[list[int], int]:
-    """Tokens of a request, and how many."""
-    result = list(ticket)[-1].result
-    return result.tokens, len(result.tokens)
-
-
-def warm(forms: list[str], batches: tuple[int, ...], prefixes: tuple[int, ...]) -> None:
-    """Has Triton compile what the formats need, each in a process of its own, on networks of two layers."""
-    started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    running = [context.Process(target=_warm_one, args=(form, batches, prefixes)) for form in forms]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-    sys.stderr.write(f"compiled in {time.monotonic() - started:.0f} s\n")
-
-
-def _warm_one(form: str, batches: tuple[int, ...], prefixes: tuple[int, ...]) -> None:
-    config, device = config_of(2, tiny=False), torch.device("cuda")
-    network = network_of(config, form, device)
-    limit = max(prefixes) + 2 * config.canvas_length
-    for batch in batches:
-        pages, canvases = config_rows(config, batch, limit)
-        forward = CardForward(network, pages, canvases=canvases, limit=limit)
-        for prefix in prefixes:
-            rows = rows_of(forward, pages, batch, prefix)
-            forward.run([Work(row=row, encode=0, denoise=True) for row in rows])
-            for row in rows:
-                row.leave()
-        del forward
-    own = Engine(network, None, EngineSettings(kernels="triton", max_batch=8, cache_tokens=1 << 15))
-    for mode in ("diffusion", "autoregressive"):
-        for ticket in [own.submit(ask(config, [5] * 1024, seed=n, new=8, steps=2, mode=mode)) for n in range(8)]:
-            _finish(ticket)
-
-
-def warm_kernels() -> None:
-    """The same for the kernels one by one, a process for some of them each."""
-    started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    count = len(cases(config_of(2, tiny=False), Maker(torch.device("cuda"), torch.bfloat16), 1))
-    running = [context.Process(target=_warm_kernel, args=(number,)) for number in range(count)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-    sys.stderr.write(f"compiled in {time.monotonic() - started:.0f} s\n")
-
-
-def _warm_kernel(number: int) -> None:
-    for canvases in (1, 8):
-        for case in cases(config_of(2, tiny=False), Maker(torch.device("cuda"), torch.bfloat16), canvases)[number]():
-            case.ours()
-            torch.cuda.synchronize()
+    check.figures["transformers"] = {"tokens_per_second": round(rate, 1)}
 
 
 def main() -> int:
@@ -389,33 +191,57 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=560, help="after which nothing new is begun")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that all of it runs")
     parser.add_argument("--out", type=Path, default=None, help="folder for results")
+    parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for section in options.sections:
         if section not in SECTIONS:
             parser.error(f"{section}: no such section ({', '.join(SECTIONS)})")
     check = Check(options)
-    chosen = options.sections or list(SECTIONS)
-    if not check.tiny and {"steps", "protocol"} & set(chosen):
-        warm(check.forms, check.batches, check.prefixes)
-    if not check.tiny and "kernels" in chosen:
-        warm_kernels()
-    run: dict[str, Callable[[Check], None]] = {
-        "kernels": kernels, "engine": engine, "steps": steps, "protocol": protocol, "transformers": transformers,
-    }  # fmt: skip
-    for section in (s for s in SECTIONS if s in chosen):
-        started = time.monotonic()
-        try:
-            run[section](check)
-        except Exception as error:  # one section that fails must not lose what the others found
-            traceback.print_exc()
-            check.figures.setdefault("failed", {})[section] = f"{type(error).__name__}: {error}"
-            sys.stderr.write(f"{section}: {type(error).__name__}: {error}\n")
-        check.figures.setdefault("seconds", {})[section] = round(time.monotonic() - started, 1)
+    chosen = [section for section in SECTIONS if section in (options.sections or SECTIONS)]
+    if len(chosen) > 1:
+        for section in chosen:
+            _apart(check, section)
+    else:
+        _run(check, chosen[0])
     check.figures["left_out"] = check.left_out
     rows = "\n".join(f"- {name}: {value}" for name, value in check.figures.items())
     where = "at tiny sizes: a dry run, no figure" if check.tiny else "random weights at the 26B's sizes"
     sys.stdout.write(check.results.close(f"# GPU check\n\n{where}\n\n{rows}\n", check.figures) + "\n")
     return 1 if check.figures.get("kernels_wrong") or "failed" in check.figures else 0
+
+
+def _run(check: Check, section: str) -> None:
+    """One section here."""
+    started = time.monotonic()
+    try:
+        if not check.tiny and section in ("steps", "protocol"):
+            warm(check.forms, check.batches, check.prefixes)
+        if not check.tiny and section == "kernels":
+            warm_kernels()
+        {"kernels": kernels, "engine": engine, "steps": steps, "protocol": protocol, "transformers": transformers}[
+            section
+        ](check)
+    except Exception as error:  # what has been found so far is kept
+        traceback.print_exc()
+        check.figures["failed"] = {section: f"{type(error).__name__}: {error}"}
+    check.figures["seconds"] = {section: round(time.monotonic() - started, 1)}
+
+
+def _apart(check: Check, section: str) -> None:
+    """One section in a process of its own: what breaks a card's context loses no other section."""
+    left = check.end - time.monotonic()
+    command = [sys.executable, __file__, section, "--folder", str(check.results.folder), "--seconds", str(left)]
+    command += ["--forms", *check.forms, *(["--tiny"] if check.tiny else [])]
+    command += ["--batches", *map(str, check.batches), "--prefixes", *map(str, check.prefixes)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        found = {"failed": {section: f"ended with {done.returncode}"}}
+    check.left_out += found.pop("left_out", [])
+    for name, value in found.items():
+        own = check.figures.get(name)
+        check.figures[name] = own | value if isinstance(own, dict) else value
 
 
 if __name__ == "__main__":

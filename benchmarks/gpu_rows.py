@@ -76,3 +76,9 @@ def _ticket(tokens: int, seed: int) -> Ticket:
         return False
 
     return Ticket(prompt_tokens=tokens, seed=seed, drive=nothing, ensure_thread=nothing, cancel=nothing)  # type: ignore[arg-type]
+
+
+def finish(ticket: Any) -> tuple[list[int], int]:
+    """Tokens of a request, and how many."""
+    result = list(ticket)[-1].result
+    return result.tokens, len(result.tokens)

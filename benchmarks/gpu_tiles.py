@@ -118,7 +118,7 @@ def _experts(operation: str, form: str, tokens: int) -> Case:
     x = numbers(tokens, hidden)
     _, chosen = torch.topk(torch.randn(tokens, count, device=DEVICE), k, dim=-1)
     order, offsets = plain.group(chosen, count)
-    one, two = experts.pair(tokens * k // count, operand(gate_up), operand(down))
+    one, two = tiles.experts(tokens * k // count, operand(gate_up), operand(down))
     first, few = operation == "gate_up", tokens <= 256
     rows = (16, 32) if few else (64, 128)
     if form == "int4":
@@ -196,11 +196,11 @@ def _vocabulary(operation: str, form: str, tokens: int) -> Case:
             return vocabulary.step(hidden, table, heats=heats, cap=30.0, tolerance=2.0**-9, uniform=uniform, soft=soft)
 
     if soft:
-        trials = [t for t in grid((128, 256), (128,), (128, 256), (8, 2), (8, 3)) if t.rows + t.inner < 512]
+        trials = [t for t in grid((128, 256), (128, 256), (64, 128), (8, 3), (8, 4)) if t.rows + t.columns < 512]
     else:
         inner = (64,) if form != "fp8" else (128,)
         trials = [t for t in grid((128, 256), (128, 256), inner, (8, 3), (8, 4)) if t.rows + t.columns < 512]
-    own = tiles.blend(tokens) if soft else tiles.vocabulary(tokens)
+    own = tiles.blend(tokens) if soft else tiles.vocabulary(tokens, form)
     return Case(f"{operation} {form}, {tokens} positions", run, own, trials, table.nbytes * (2 if soft else 1))
 
 

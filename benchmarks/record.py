@@ -24,13 +24,17 @@ class Results:
         name: of the benchmark.
         config: what it was asked for.
         into: the folder above; None for the repository's own.
+        folder: one that another process has begun; records are added to what is there.
     """
 
-    def __init__(self, name: str, config: dict[str, Any], into: Path | None = None):
+    def __init__(self, name: str, config: dict[str, Any], into: Path | None = None, folder: Path | None = None):
+        self.name, self.records = name, []  # type: ignore[var-annotated]
+        if folder is not None:
+            self.folder = folder
+            return
         day = datetime.date.today().isoformat()
         self.folder = (into or RESULTS) / f"{day}-{hardware()}-{name}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.name, self.records = name, []  # type: ignore[var-annotated]
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (self.folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
         (self.folder / "records.jsonl").write_text("")

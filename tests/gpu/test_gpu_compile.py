@@ -20,7 +20,8 @@ import torch
 from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, tiles, vocabulary
 
 KINDS = {
-    "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms norms scalars expert_scale",
+    "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms norms scalars "
+            "expert_scale",
     "i64": "ends bias_words argmaxes samples slots", "i8": "barred",
     "i32": "order offsets segments blocks pages ranks counts ticket live taken words",
 }
@@ -51,11 +52,14 @@ def products(form):
     kinds = WEIGHTS[form]
     for rows in (16, 256):
         own = operand_of(form, 4096, 2816)
+        if form.startswith("int"):
+            wide = {"FORM": form, "GROUP": own.group, "BN": 64, "BK": own.span or 128}
+            build(linear._widen_kernel, tiles.Tile(rows=1, columns=1), wide, **kinds)
         t = tiles.product(rows, own, 4096)
         sizes = {"FORM": form, "GROUP": own.group, "BM": t.rows, "BN": t.columns, "BK": t.inner}
         assert "wgmma" in build(linear._linear_kernel, t, sizes, **kinds)
         first, second = operand_of(form, 128, 1408, 2816), operand_of(form, 128, 2816, 704)
-        one, two = experts.pair(rows, first, second)
+        one, two = tiles.experts(rows, first, second)
         sizes |= {"BM": one.rows, "BN": one.columns, "BK": one.inner, "SPREAD": second.span, "PADDED": 128}
         build(experts._gate_up_kernel, one, sizes, **kinds, out="*fp8e4nv" if form == "fp8" else "*bf16")
         sizes |= {"BM": two.rows, "BN": two.columns, "BK": two.inner, "SPAN": 64 if form == "fp8" else 0}
@@ -76,15 +80,15 @@ def attending(form):
                   | written(form), parts="*fp32", tokens="i32", out=WRITTEN[form])
 
 def words(form):
-    t, b, kinds = tiles.vocabulary(256), tiles.blend(256), WEIGHTS[form]
+    t, b, kinds = tiles.vocabulary(256, form), tiles.blend(256), WEIGHTS[form]
     sizes = {"BM": t.rows, "BN": t.columns}
-    assert "wgmma" in build(vocabulary._scores_kernel, t, {**sizes, "FORM": form, "CAPPED": True, "SHARED": True, "BK": t.inner},
-                            **kinds)
-    build(vocabulary._merge_kernel, t, {"SAMPLED": True, "SHARED": True, "PADDED": 2048,
-                                                   "SCALED": form != "float", "BN": t.columns}, words="*i32", ws="*fp32")
+    own = {"FORM": form, "CAPPED": True, "SHARED": True, "BK": t.inner}
+    assert "wgmma" in build(vocabulary._scores_kernel, t, {**sizes, **own}, **kinds)
+    own = {"SAMPLED": True, "SHARED": True, "PADDED": 2048, "SCALED": form != "float", "BN": t.columns}
+    build(vocabulary._merge_kernel, t, own, words="*i32", ws="*fp32")
     build(vocabulary._live_kernel, t, {"BM": b.rows, "STEP": 16, "PADDED": 2048})
-    assert "wgmma" in build(vocabulary._blend_kernel, b, {**sizes, "SHARED": True, "SPLITS": 6,
-                                                          "BH": b.inner}, **{**kinds, "x": "*bf16"})
+    own = {"SHARED": True, "SPLITS": 6, "BM": b.rows, "BN": t.columns, "BH": b.columns, "BK": b.inner}
+    assert "wgmma" in build(vocabulary._blend_kernel, b, own, **{**kinds, "x": "*bf16"})
 
 def rest(form):
     t = tiles.Tile(rows=1, columns=1, warps=8)
@@ -113,7 +117,7 @@ globals()[sys.argv[1]](sys.argv[2])
     ("part", "form"),
     [("products", f) for f in ("float", "fp8", "int8", "int4")]
     + [("attending", ""), ("rest", "")]
-    + [("words", f) for f in ("float", "fp8")],
+    + [("words", f) for f in ("float", "fp8", "int8")],
 )
 def test_compiles_for_hopper(part: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code, within a multiprocessor's shared memory; products on its tensor cores."""

@@ -87,7 +87,8 @@ def plan(
     if splits is None:
         longest = max(min(start, window or start) + length for start, length, _ in segments)
         programs = len(blocks) * kv_heads
-        splits = 1 << max(1, min(tiles.PROGRAMS // programs, longest // tiles.LEAST_KEYS)).bit_length() - 1
+        most_parts = min(tiles.PROGRAMS // programs, longest // tiles.least_keys(head_dim))
+        splits = 1 << max(1, most_parts).bit_length() - 1
     most = max(columns, *(len(own) for own in pages))
     table = [[0 if page is None else page for page in own] + [0] * (most - len(own)) for own in pages]
     return Plan(

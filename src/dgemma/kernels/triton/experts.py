@@ -8,17 +8,14 @@ order, so that a result never depends on who was first.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...quant import Quantized
-from ..plain import SPAN
 from . import tiles as sizes
-from .common import Operand, fp8_scale, gelu, narrow, operand, power, products, spread
+from .common import fp8_scale, gelu, narrow, operand, power, products, spread
 from .linear import Ready, ready, room
 from .tiles import Tile
 
@@ -146,7 +143,7 @@ def expert_outputs(
     out = torch.empty(tokens, k, hidden, dtype=kind, device=device)
     if not out.numel():
         return out
-    one, two = tiles or pair(tokens * k // count, first, second)
+    one, two = tiles or sizes.experts(tokens * k // count, first, second)
     padded, parts = power(count), triton.cdiv(width, one.columns)
     between = room(tokens * k, out, second)
     scales = torch.empty(tokens * k, parts, device=device) if first.form == "fp8" else between.values
@@ -170,10 +167,3 @@ def weighted_sum(room: Tensor, weights: Tensor) -> Tensor:
     if tokens:
         _sum_kernel[(tokens, triton.cdiv(hidden, 1024))](room, weights.contiguous(), out, k, hidden, BN=1024)
     return out
-
-
-def pair(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
-    """Tiles of the two products, for an expert's usual number of rows."""
-    first = sizes.product(rows, gate_up, SPAN)
-    second = sizes.product(rows, down, down.shape[-2])
-    return first, replace(second, inner=SPAN) if down.form == "fp8" else second

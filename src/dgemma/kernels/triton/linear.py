@@ -46,7 +46,7 @@ def _linear_kernel(
 
 @triton.jit
 def _widen_kernel(w, ws, out, N, K, FORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    lines, kind = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None], out.dtype.element_ty
+    lines = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
     held, first = lines < N, tl.program_id(0) * BK
     if FORM == "int4":
         pitch = K // GROUP * (GROUP // 4)
@@ -55,7 +55,7 @@ def _widen_kernel(w, ws, out, N, K, FORM: tl.constexpr, GROUP: tl.constexpr, BN:
         groups = first // GROUP + tl.arange(0, BK // GROUP)[None, :]
         scale = tl.load(ws + lines * (K // GROUP) + groups, mask=held & (groups < K // GROUP), other=0.0)
         scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
-        one, two, three, four = nibbles(words, tl.reshape(scale, (BN, BK // 4)), kind)
+        one, two, three, four = nibbles(words, tl.reshape(scale, (BN, BK // 4)), out.dtype.element_ty)
         there = out + lines * (tl.cdiv(K, BK) * BK) + first + quarter
         tl.store(there, one, mask=held)
         tl.store(there + BK // 4, two, mask=held)
@@ -66,7 +66,7 @@ def _widen_kernel(w, ws, out, N, K, FORM: tl.constexpr, GROUP: tl.constexpr, BN:
         there, group = held & (inner < K), inner // GROUP if GROUP else 0
         scale = tl.load(ws + lines * (K // GROUP if GROUP else 1) + group, mask=there, other=0.0)
         value = tl.load(w + lines * K + inner, mask=there, other=0).to(tl.float32) * scale
-        tl.store(out + lines * K + inner, narrow(value, kind), mask=there)
+        tl.store(out + lines * K + inner, narrow(value, out.dtype.element_ty), mask=there)
 
 
 def widened(weight: Operand, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,5 @@
-"""Sizes of tiles, warps and stages by operation. All of them follow from arithmetic; none is measured yet.
+"""Sizes of tiles, warps and stages by operation: the fastest of those that `benchmarks/gpu_tiles.py` tried on an H100,
+at the 26B's sizes with 256 and 2,048 positions; between and outside of these, by arithmetic.
 
 A Hopper multiprocessor has 227 KiB of shared memory, 64K registers of 4 bytes (at most 255 a thread) and multiplies 64
 rows at a time; about 40 KiB of loads must be under way in each to keep the memory busy.
@@ -6,7 +7,7 @@ rows at a time; about 40 KiB of loads must be under way in each to keep the memo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,8 +38,39 @@ def span(group: int, inputs: int, many: bool) -> int:
     return max(group, 64 if inputs < 256 else 256 if many else 128)
 
 
+# Of an expert's products with up to 24 rows, and with more: gate and up, and down. "float" is bfloat16.
+FEW = {
+    "fp8": (Tile(rows=32, columns=64, inner=256, warps=8, stages=4), Tile(rows=32, columns=64, inner=64, stages=4)),
+    "int4": (Tile(rows=32, columns=32, inner=256), Tile(rows=32, columns=64, inner=256, stages=2)),
+    "float": (Tile(rows=32, columns=32, inner=64), Tile(rows=32, columns=64, inner=64, stages=4)),
+}
+MANY = {
+    "fp8": (Tile(rows=64, columns=64, inner=128, stages=4), Tile(rows=64, columns=128, inner=64, stages=4)),
+    "int4": (
+        Tile(rows=64, columns=64, inner=256, warps=8, stages=2),
+        Tile(rows=64, columns=128, inner=256, warps=8, stages=2),
+    ),
+}
+
+
+def experts(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
+    """For the two products of an expert that usually has so many rows."""
+    pair = (FEW if rows <= 24 else MANY).get(gate_up.form)
+    if pair is None or down.form != gate_up.form:
+        return product(rows, gate_up, 0), product(rows, down, down.shape[-2])
+    tall = 16 if rows <= 8 else pair[0].rows
+    first, second = (
+        replace(tile, rows=tall, inner=own.span or tile.inner) for tile, own in zip(pair, (gate_up, down), strict=True)
+    )
+    return first, second
+
+
 def product(rows: int, weight: Operand, columns: int) -> Tile:
-    """For products with few or many rows an expert (or in all): weights are read once where a tile holds all rows."""
+    """For one product with few or many rows: weights are read once where a tile holds all rows."""
+    if weight.form == "int4" and len(weight.shape) == 2 and rows > 96:
+        return Tile(rows=128 if columns >= 8192 else 64, columns=128, inner=weight.span, warps=8)
+    if weight.form == "fp8" and len(weight.shape) == 2 and rows > 96:
+        return Tile(rows=64, columns=64, inner=128, stages=4)
     tall = 16 if rows <= 8 else 32 if rows <= 24 else 64 if rows <= 96 else 128
     inner = weight.span or (128 if weight.form == "fp8" else max(64, weight.group))
     wide = 64 if columns <= 1024 or tall == 128 else 128
@@ -47,7 +79,6 @@ def product(rows: int, weight: Operand, columns: int) -> Tile:
 
 
 PROGRAMS = 264  # that a card should have at once: two for each of an H100's multiprocessors
-LEAST_KEYS = 256  # of a part, so that merging stays cheap beside it
 
 
 def attention(head_dim: int) -> Tile:
@@ -62,11 +93,19 @@ def attention(head_dim: int) -> Tile:
     return Tile(rows=64, columns=32, warps=4, stages=2)
 
 
-def vocabulary(positions: int) -> Tile:
+def least_keys(head_dim: int) -> int:
+    """That a part has where keys are split, so that merging stays cheap beside it."""
+    return 512 if head_dim > 256 else 256
+
+
+def vocabulary(positions: int, form: str) -> Tile:
     """For scores: `columns` are the words of a tile, which the blend takes or leaves as one."""
-    return Tile(rows=64 if positions <= 64 else 128, columns=128, inner=64, warps=8, stages=3)
+    rows = 64 if positions <= 64 else 128 if positions <= 128 else 256
+    return Tile(rows=rows, columns=128, inner=128 if form == "fp8" else 64, warps=8, stages=4)
 
 
 def blend(positions: int) -> Tile:
-    """For the table's blend: `inner` is of the hidden width."""
-    return Tile(rows=64 if positions <= 64 else 128, columns=128, inner=128, warps=8, stages=3)
+    """For the table's blend: `columns` are of the hidden width, `inner` words."""
+    return Tile(
+        rows=64 if positions <= 64 else 128, columns=256 if positions > 64 else 128, inner=64, warps=8, stages=4
+    )

@@ -173,26 +173,17 @@ def _live_kernel(
 
 
 @triton.jit
-def _tile(weights, w, lines, rows, columns, n, V, H):
-    """Of a tile of words: weights [BM, BN], and the table's rows [BN, BH] in their dtype."""
-    there = rows[:, None] * V + lines[None, :]
-    weight = tl.load(weights + there, mask=(rows < n)[:, None] & (lines < V)[None, :], other=0.0)
-    there = lines.to(tl.int64)[:, None] * H + columns[None, :]
-    entry = tl.load(w + there, mask=(lines < V)[:, None] & (columns < H)[None, :], other=0.0)
-    return weight, widen(entry, weight.dtype)
-
-
-@triton.jit
 def _blend_kernel(
     weights, factors, norms, live, counts, w, parts, n, V, H, tile_count,
-    SHARED: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    SHARED: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(1), tl.program_id(2)
     rows = block * BM + tl.arange(0, BM)
     columns = tl.program_id(0) * BH + tl.arange(0, BH)
-    count = tl.load(counts + block)
-    each = tl.cdiv(count, SPLITS)
-    begin, end = split * each, tl.minimum((split + 1) * each, count)
+    seen, wide = (rows < n)[:, None], (columns < H)[None, :]
+    steps = tl.load(counts + block) * (BN // BK)  # a tile of words is taken in some steps
+    each = tl.cdiv(steps, SPLITS)
+    begin, end = split * each, tl.minimum((split + 1) * each, steps)
     acc = tl.zeros((BM, BH), tl.float32)
     norm = tl.load(norms + rows, mask=rows < n, other=1.0)
     shared = False
@@ -200,18 +191,22 @@ def _blend_kernel(
         shared = tl.min(norm, 0) > 0.0
     if shared:
         for number in range(begin, end):
-            lines = tl.load(live + block * tile_count + number) * BN + tl.arange(0, BN)
-            weight, entry = _tile(weights, w, lines, rows, columns, n, V, H)
-            acc = dot(weight, entry, acc)
+            tile = tl.load(live + block * tile_count + number // (BN // BK))
+            lines = tile * BN + number % (BN // BK) * BK + tl.arange(0, BK)
+            weight = tl.load(weights + rows[:, None] * V + lines[None, :], mask=seen & (lines < V)[None, :], other=0.0)
+            entry = tl.load(w + lines[:, None] * H + columns[None, :], mask=(lines < V)[:, None] & wide, other=0.0)
+            acc = dot(weight, widen(entry, weight.dtype), acc)
         acc = acc * norm[:, None]
     else:
         for number in range(begin, end):
-            tile = tl.load(live + block * tile_count + number)
-            weight, entry = _tile(weights, w, tile * BN + tl.arange(0, BN), rows, columns, n, V, H)
-            factor = tl.load(factors + rows.to(tl.int64) * tile_count + tile, mask=rows < n, other=0.0)
-            acc = dot(scaled(weight, factor[:, None]), entry, acc)
+            tile = tl.load(live + block * tile_count + number // (BN // BK))
+            lines = tile * BN + number % (BN // BK) * BK + tl.arange(0, BK)
+            weight = tl.load(weights + rows[:, None] * V + lines[None, :], mask=seen & (lines < V)[None, :], other=0.0)
+            entry = tl.load(w + lines[:, None] * H + columns[None, :], mask=(lines < V)[:, None] & wide, other=0.0)
+            factor = tl.load(factors + rows * tile_count + tile, mask=rows < n, other=0.0)
+            acc = dot(scaled(weight, factor[:, None]), widen(entry, weight.dtype), acc)
     there = (split * n + rows).to(tl.int64)[:, None] * H + columns[None, :]
-    tl.store(parts + there, acc, mask=(rows < n)[:, None] & (columns < H)[None, :])
+    tl.store(parts + there, acc, mask=seen & wide)
 
 
 def step(
@@ -227,7 +222,9 @@ def step(
     bias: tuple[Tensor, Tensor] | None = None,
     soft: bool = True,
 ) -> Step:
-    """Hidden states [n, H] against a table [V, H]: of floats, FP8 or 8 bits with a scale a row; n * V below 2^31.
+    """Hidden states [n, H] against a table [V, H] of floats, FP8 or 8 bits with a scale a row.
+
+    n * V and V * H are below 2^31.
 
     Positions may be those of several requests: each has its own temperature. The sample is the first word whose
     cumulative weight is above the position's share of the total, weights within a tile of words as rounded in memory.
@@ -242,8 +239,8 @@ def step(
     """
     own = operand(table)
     n, (words, width), device = len(hidden), own.shape, hidden.device
-    assert n * words < 1 << 31
-    tile = tiles.vocabulary(n)
+    assert max(n, width) * words < 1 << 31
+    tile = tiles.vocabulary(n, own.form)
     count = triton.cdiv(words, tile.columns)
     weights = torch.empty(n, words, dtype=hidden.dtype, device=device)
     peaks, totals, means, factors = torch.empty(4, n, count, device=device)
@@ -274,7 +271,7 @@ def step(
     if not soft:
         return Step(found, None, share)
     blend = tiles.blend(n)
-    blocks, wide = triton.cdiv(n, blend.rows), triton.cdiv(width, blend.inner)
+    blocks, wide = triton.cdiv(n, blend.rows), triton.cdiv(width, blend.columns)
     splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
     live = torch.empty(blocks, count, dtype=torch.int32, device=device)
     counts, taken = torch.empty(2, blocks, dtype=torch.int32, device=device)
@@ -282,7 +279,7 @@ def step(
     parts = torch.empty(splits, n, width, device=device)
     _blend_kernel[(wide, blocks, splits)](
         weights, factors, norms, live, counts, own.data, parts, n, words, width, count,
-        SHARED=shared, SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.inner,
+        SHARED=shared, SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.columns, BK=blend.inner,
         num_warps=blend.warps, num_stages=blend.stages,
     )  # fmt: skip
     return Step(found, parts.sum(dim=0), taken.sum() / (n * count))
