@@ -30,9 +30,6 @@ LEAST_CAPABILITY, FP8_CAPABILITY, ANY_CAPABILITY = (8, 0), (8, 9), (99, 0)
 TRITON, LIBRARY, PLAIN = "triton", "library", "plain"
 
 
-MANY_ROWS = 512  # from which a weight of whole numbers is made floats for the library's product
-
-
 class Choice(NamedTuple):
     """What runs an operation, and why."""
 
@@ -40,21 +37,22 @@ class Choice(NamedTuple):
     reason: str
 
 
-# By operation and form of the weight, on cards that Triton compiles for. No figure is behind any of them yet: each
-# reason ends in what has to be measured.
+# By operation and form of the weight, on cards that Triton compiles for. Microseconds were measured on an H100 at the
+# 26B's sizes, with 256 rows where nothing else is said; records are in benchmarks/results/2026-11-27-nvidia-h100-*.
 CHOICES = {
-    ("linear", "float"): Choice(LIBRARY, "cuBLAS is tuned for every shape; not yet measured"),
-    ("linear", "fp8"): Choice(LIBRARY, "torch._scaled_mm takes scales by row; not yet measured"),
-    ("linear", "int8"): Choice(TRITON, "torch has none for weights alone in 8 bits; not yet measured"),
-    ("linear", "int4"): Choice(TRITON, "torch's wants another layout than the files'; not yet measured"),
-    ("experts", "float"): Choice(TRITON, "fuses gate, up and GELU; torch's grouped product not yet measured"),
-    ("experts", "fp8"): Choice(TRITON, "fuses gate, up, GELU and rounding; not yet measured"),
-    ("experts", "int8"): Choice(TRITON, "torch has none; not yet measured"),
-    ("experts", "int4"): Choice(TRITON, "torch has none; not yet measured"),
-    ("vocabulary", "float"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
-    ("vocabulary", "fp8"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
-    ("vocabulary", "int8"): Choice(TRITON, "keeps scores out of memory; not yet measured"),
+    ("linear", "float"): Choice(LIBRARY, "8192 x 2816: measured 29, ours 35"),
+    ("linear", "fp8"): Choice(LIBRARY, "8192 x 2816: measured 20, ours 21; with 2,048 rows 83 and 120"),
+    ("linear", "int8"): Choice(TRITON, "torch has none for weights alone in 8 bits; 4096 x 2816: measured 35"),
+    ("linear", "int4"): Choice(TRITON, "torch's wants another layout than the files'; 8192 x 2816: measured 33"),
+    ("experts", "float"): Choice(TRITON, "measured 558, torch's grouped products 618; with 2,048 rows 735 and 871"),
+    ("experts", "fp8"): Choice(TRITON, "torch has none with weights' scales by row; measured 304"),
+    ("experts", "int8"): Choice(TRITON, "torch has none; measured 414"),
+    ("experts", "int4"): Choice(TRITON, "torch has none; measured 252"),
+    ("vocabulary", "float"): Choice(TRITON, "keeps scores out of memory; measured 1,967, torch 8,374"),
+    ("vocabulary", "fp8"): Choice(TRITON, "keeps scores out of memory; measured 2,275"),
+    ("vocabulary", "int8"): Choice(TRITON, "keeps scores out of memory; measured 2,435"),
 }
+MANY_ROWS = 512  # from which a weight of whole numbers is made floats for the library's product; not yet measured
 
 
 @functools.cache
@@ -74,6 +72,11 @@ def choose(operation: str, weight: Weight | None = None) -> Choice:
         return Choice(PLAIN, "the kernels have no product for groups of this size")
     if form == "fp8" and _capability() < FP8_CAPABILITY:
         return Choice(PLAIN, "products in FP8 need compute capability 8.9")
+    return _way(operation, form)
+
+
+def _way(operation: str, form: str) -> Choice:
+    """Of weights that the kernels have a product for."""
     if (operation, form) == ("linear", "fp8") and not _scaled_products():
         return Choice(TRITON, "torch._scaled_mm by row needs CUDA and a card of compute capability 9.0 or later")
     return CHOICES.get((operation, form), Choice(PLAIN, "there is no kernel for weights of this form"))
@@ -119,12 +122,12 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def product(own: Ready, weight: Operand, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T` of activations that are ready for the weight: [T, I] and [O, I] -> [T, O] in the dtype."""
-    from .triton.linear import product, widened
+    from .triton import linear as kernels
 
     if weight.form in ("int4", "int8") and len(own.values) >= MANY_ROWS:
-        return plain.linear(own.values, widened(weight, own.values.dtype))
-    if CHOICES["linear", weight.form].way != LIBRARY or (weight.form == "fp8" and not _scaled_products()):
-        return product(own, weight, dtype)
+        return plain.linear(own.values, kernels.widened(weight, own.values.dtype))
+    if _way("linear", weight.form).way == TRITON:
+        return kernels.product(own, weight, dtype)
     if weight.form == "float":
         return plain.linear(own.values, weight.data)
     out = torch._scaled_mm(
