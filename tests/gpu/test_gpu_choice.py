@@ -52,6 +52,23 @@ def test_old_cards_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.choose("linear", fp8).way == gpu.TRITON
 
 
+def test_matrices_that_become_one_are_held_alike() -> None:
+    """Queries in 4 bits beside keys in 8: said by name, so that plain torch runs instead."""
+    module = torch.nn.Module()
+    module.q_proj, module.k_proj, module.v_proj = (torch.nn.Linear(64, 32, bias=False) for _ in range(3))
+    network = torch.nn.ModuleDict({"attention": module})
+    assert gpu.missing(network) is None
+    for name, form in (("q_proj", "int4-32"), ("k_proj", "int4-32"), ("v_proj", "int4-64")):
+        part = getattr(module, name)
+        del part._parameters["weight"]
+        part.weight = weight(form, 32, 64)
+    assert (
+        gpu.missing(network) == "attention: q_proj, k_proj, v_proj are not held alike, and the kernels take them as one"
+    )
+    module.v_proj.weight = weight("int4-32", 32, 64)
+    assert gpu.missing(network) is None
+
+
 @pytest.mark.parametrize("form", ["float32", "int4-32"])
 def test_vocabulary(form: str) -> None:
     """A table that the kernels take, and one that they do not."""

@@ -140,12 +140,15 @@ class Aside:
 
 
 class Layer(NamedTuple):
-    """A layer's matrices as kernels take them; those that meet the same activations are one."""
+    """A layer's matrices as kernels take them; those that meet the same activations are one. Of `experts`, the first
+    matrices, only the form is looked at: they may be in host memory.
+    """
 
     projections: Operand
     output: Operand
     gate_up: Operand
     down: Operand
+    experts: Operand
 
 
 class Fused:
@@ -190,24 +193,14 @@ class Fused:
         normed = layer.norm(x, norms[0], self.eps, firsts[0])
         for index, (block, own) in enumerate(zip(blocks, layers, strict=True)):
             seen = self._attend(index, own, normed, layout, turns[block.self_attn.shape], dtype)
-            experts = block.experts.held()
-            h, dense, mixed, routed = layer.enter(
-                seen,
-                x,
-                _scale(block.post_attention_layernorm),
-                (
-                    _scale(block.pre_feedforward_layernorm),
-                    _scale(block.pre_feedforward_layernorm_2),
-                    block.router.scale,
-                ),
-                self.eps,
-                (own.gate_up, operand(experts[0])),
-            )
+            before = _scale(block.pre_feedforward_layernorm), _scale(block.pre_feedforward_layernorm_2)
+            norm, following = _scale(block.post_attention_layernorm), (own.gate_up, own.experts)
+            h, dense, mixed, routed = layer.enter(seen, x, norm, (*before, block.router.scale), self.eps, following)
             with self._aside.fork():
                 beside = self._mlp(own.gate_up, own.down, dense)
             scores = gpu.linear(routed, block.router.proj.weight)
             way = routing.route(scores, block.router.top_k, block.router.per_expert_scale)
-            parts = expert_outputs(mixed, way.order, way.offsets, *experts, dtype=dtype)
+            parts = expert_outputs(mixed, way.order, way.offsets, *block.experts.held(), dtype=dtype)
             behind = (
                 _scale(block.post_feedforward_layernorm_1),
                 _scale(block.post_feedforward_layernorm_2),
@@ -245,6 +238,7 @@ class Fused:
             operand(own.o_proj.weight),
             operand(merged(mlp.gate_proj, mlp.up_proj)),
             operand(mlp.down_proj.weight),
+            operand(block.experts.gate_up_proj),
         )
 
 

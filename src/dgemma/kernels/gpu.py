@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Linear
 
 from ..quant import Quantized
 from . import plain, reference
@@ -52,6 +53,7 @@ CHOICES = {
     ("vocabulary", "fp8"): Choice(TRITON, "keeps scores out of memory; measured 2,275"),
     ("vocabulary", "int8"): Choice(TRITON, "keeps scores out of memory; measured 2,435"),
 }
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # matrices of a module that become one
 MANY_ROWS = 512  # from which a weight of whole numbers is made floats for the library's product; not yet measured
 
 
@@ -96,7 +98,16 @@ def missing(network: torch.nn.Module) -> str | None:
             operation = "vocabulary" if "embed" in path else "experts" if len(weight.shape) == 3 else "linear"
             if isinstance(weight, Packed) or choose(operation, weight).way == PLAIN:
                 return f"no kernel takes {path}.{name} as it is held"
+        for names in MERGED:
+            forms = {_held(getattr(module, name)) for name in names if isinstance(getattr(module, name, None), Linear)}
+            if len(forms) > 1:
+                return f"{path}: {', '.join(names)} are not held alike, and the kernels take them as one"
     return None
+
+
+def _held(module: Linear) -> tuple[str, int | None]:
+    weight = module.weight
+    return form_of(weight), getattr(weight, "group", None)
 
 
 def form_of(weight: Weight | None) -> str:
