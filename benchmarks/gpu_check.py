@@ -5,7 +5,7 @@
     python benchmarks/gpu_check.py --tiny                a dry run at tiny sizes, on a CPU in Triton's interpreter
 
     kernels       each kernel's result against plain torch, and its time beside a library's and the memory's floor
-    engine        the demo model: the CPU's texts, in float32, also with experts in host memory
+    engine        the demo model: the CPU's texts, in float32, also with experts in host memory, and as one of one rank
     steps         a whole step of the 26B by format, requests at once and prefix; share of its floor; the memory peak
     protocol      16 fixed steps a canvas, 1,024 tokens in and out, 1 and 8 at once; the same weights autoregressively
     transformers  its compiled `generate` with a static cache, bfloat16, the same protocol, one at a time
@@ -33,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
+import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -48,6 +49,7 @@ from dgemma.engine import Engine, EngineSettings
 from dgemma.model import Network
 from dgemma.model.moe import Experts
 from dgemma.model.offload import ExpertStream
+from dgemma.model.ranks import Ranks
 
 SECTIONS = ("kernels", "engine", "steps", "protocol", "transformers")
 BATCHES, PREFIXES = (1, 2, 4, 8, 16), (256, 1024, 8192, 32_768)
@@ -93,12 +95,16 @@ def engine(check: Check) -> None:
             Engine(own, None, EngineSettings(kernels=way, cache_tokens=512, page_size=16))
             for way in ("triton", "torch")
         ]
-        pair.insert(1, Engine(_streamed(own), None, pair[0].settings))
-        found, offloaded, wanted = (
+        pair[1:1] = [Engine(other, None, pair[0].settings) for other in (_streamed(own), _as_ranks(copy.deepcopy(own)))]
+        found, offloaded, ranked, wanted = (
             [finish(e.submit(ask(config, p, seed=n, new=8, steps=2)))[0] for n, p in enumerate(prompts)] for e in pair
         )
     else:
-        card = dgemma.load("demo", device="cuda", dtype="float32", engine=EngineSettings(kernels="triton"))
+        card, ranks = (
+            dgemma.load("demo", device="cuda", dtype="float32", engine=EngineSettings(kernels="triton"))
+            for _ in range(2)
+        )
+        _as_ranks(ranks.network)
         host = dgemma.load("demo", device="cpu", dtype="float32")
         away = dgemma.load("demo", device="cuda", dtype="float32", engine=EngineSettings(kernels="triton"),
                            offload="experts")  # fmt: skip
@@ -106,18 +112,30 @@ def engine(check: Check) -> None:
         away.network.expert_stream.begin()  # from here on nothing moves to a card that has room
         prompts = [e.prompt for family in ("sums", "sorting", "records", "calendar") for e in held_out(family, 8, 0)]
         params = [dgemma.SamplingParams(seed=n, max_new_tokens=128) for n in range(len(prompts))]
-        found, offloaded, wanted = (
-            [result.tokens for result in model.map(zip(prompts, params, strict=True))] for model in (card, away, host)
+        found, offloaded, ranked, wanted = (
+            [result.tokens for result in model.map(zip(prompts, params, strict=True))]
+            for model in (card, away, ranks, host)
         )
     same = sum(a == b for a, b in zip(found, wanted, strict=True))
     check.say(f"engine: {same} of {len(wanted)} answers are the CPU's", section="engine", same=same, of=len(wanted))
     check.figures["engine_same"] = f"{same}/{len(wanted)}"
-    alike = sum(a == b for a, b in zip(offloaded, found, strict=True))
-    check.say(
-        f"engine: {alike} of {len(found)} answers with experts in host memory are those without",
-        section="engine", offload_same=alike, of=len(found),
-    )  # fmt: skip
-    check.figures["offload_same"] = f"{alike}/{len(found)}"
+    others = {"offload": (offloaded, "experts in host memory"), "ranks": (ranked, "what several GPUs would add up")}
+    for name, (answers, what) in others.items():
+        alike = sum(a == b for a, b in zip(answers, found, strict=True))
+        check.say(
+            f"engine: {alike} of {len(found)} answers with {what} are those without",
+            section="engine", of=len(found), **{f"{name}_same": alike},
+        )  # fmt: skip
+        check.figures[f"{name}_same"] = f"{alike}/{len(found)}"
+
+
+def _as_ranks(network: Network) -> Network:
+    """The network in parts, this process having all of them: sums and joins go over NCCL, and through the graphs."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if network.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    network.ranks = Ranks(rank=0, size=1, config=network.config)
+    return network
 
 
 def _streamed(network: Network) -> Network:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECTIONS = {
     "kernels": {"kernels_wrong", "kernels_to_library"},
-    "engine": {"engine_same", "offload_same"},
+    "engine": {"engine_same", "offload_same", "ranks_same"},
     "steps": {"step_ms", "memory_gb", "S3", "S4", "S6"},
     "protocol": {"tokens_per_second", "S5"},
     "transformers": {"transformers"},
@@ -34,7 +34,7 @@ def test_dry_run(section: str, tmp_path: Path) -> None:
     if section == "kernels":
         assert figures["kernels_wrong"] == [] and len(figures["kernels_to_library"]) > 10
     if section == "engine":
-        assert figures["engine_same"] == figures["offload_same"] == "2/2"
+        assert figures["engine_same"] == figures["offload_same"] == figures["ranks_same"] == "2/2"
     folder = tmp_path / figures["results"]
     assert "no figure" in (folder / "summary.md").read_text()
     assert (folder / "records.jsonl").read_text().count(f'"section": "{section}"') >= 1

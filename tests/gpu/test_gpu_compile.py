@@ -27,7 +27,8 @@ KINDS = {
 }
 KIND = {name: "*" + kind for kind, names in KINDS.items() for name in names.split()}
 KIND |= dict.fromkeys("T N K E H D V n k count window most heads kv_heads rows_in_all bias_count end_count "
-                      "tile_count pitch".split(), "i32") | dict.fromkeys("eps factor cap least".split(), "fp32")
+                      "tile_count pitch first before".split(), "i32")
+KIND |= dict.fromkeys("eps factor cap least".split(), "fp32")
 
 def build(kernel, tile, constants, **kinds):
     names = kernel.arg_names

@@ -83,3 +83,50 @@ def test_broken_scores_are_named() -> None:
     found = step(hidden, table, heats=torch.ones(4), cap=30.0, tolerance=1e-6, uniform=torch.full((4,), 0.5)).found
     assert torch.isnan(found.entropies).tolist() == [False, True, True, False]
     assert found.argmax[1:3].tolist() == found.sampled[1:3].tolist() == [0, 0]
+
+
+class Listening:
+    """A rank alone: what it would tell the others is kept, and they are silent."""
+
+    def __init__(self, rank: int, word_counts: list[int], heard: list[torch.Tensor]):
+        self.rank, self.word_counts, self.heard = rank, word_counts, heard
+        self.told: list[torch.Tensor] = []
+        self.given: list[torch.Tensor] = []
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        self.told.append(x.clone())
+        return torch.stack(self.heard or [x] * len(self.word_counts))
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        self.given.append(x)
+        return x
+
+
+@pytest.mark.parametrize("form", ["float32", "int8"])
+@pytest.mark.parametrize("counts", [[300, 215], [129, 1, 385], [128, 129, 129, 129]])
+def test_a_table_in_parts(form: str, counts: list[int]) -> None:
+    """Ranks with words of their own find together what one finds with all: refused words, biases and samples too."""
+    n, words, width = 9, sum(counts), 40
+    hidden, table = numbers(n, width, scale=3.0), weight(form, words, width)
+    wish = {
+        "heats": torch.linspace(0.2, 1.5, n, device=DEVICE), "cap": 8.0, "tolerance": 2.0**-25,
+        "uniform": torch.rand(n, generator=torch.Generator().manual_seed(1)).to(DEVICE),
+        "barred": torch.ones(n, dtype=torch.int8, device=DEVICE), "ends": torch.tensor([3, 401], device=DEVICE),
+        "bias": (torch.tensor([words - 1, 2], device=DEVICE), torch.tensor([2.5, -0.5], device=DEVICE)),
+    }  # fmt: skip
+    whole = step(hidden, table, **wish)
+    begins = [sum(counts[:rank]) for rank in range(len(counts))]
+    parts = [table[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
+    told = []
+    for rank, part in enumerate(parts):
+        listening = Listening(rank, counts, [])
+        step(hidden, part, **wish, peers=listening)
+        told += listening.told
+    ranks = [Listening(rank, counts, told) for rank in range(len(counts))]
+    found = [step(hidden, part, **wish, peers=rank) for part, rank in zip(parts, ranks, strict=True)]
+    for own in found:
+        assert torch.equal(own.found.argmax, whole.found.argmax)
+        near(own.found.entropies, whole.found.entropies, 1e-5)
+    samples, blends = zip(*(rank.given for rank in ranks), strict=True)
+    assert torch.equal(sum(samples), whole.found.sampled) and len(set(whole.found.sampled.tolist())) > 4
+    near(sum(blends), whole.soft, 1e-5)

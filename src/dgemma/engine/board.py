@@ -113,6 +113,7 @@ class Board:
             cap=config.final_logit_softcapping,
             tolerance=TOLERANCE[hidden.dtype],
             uniform=uniforms.flatten(),
+            peers=self.network.ranks,
         )
         argmax, sampled, entropies = (part.view(rows, width) for part in found.found)
         sampled = torch.where(greedy[:, None] != 0, argmax, sampled)
@@ -161,6 +162,7 @@ class Board:
             tolerance=TOLERANCE[hidden.dtype],
             uniform=uniforms[:, 0],
             soft=False,
+            peers=self.network.ranks,
         )
         tokens = torch.where(greedy, found.argmax, found.sampled)
         result: list[int] = torch.where(torch.isfinite(found.entropies), tokens, -1).tolist()

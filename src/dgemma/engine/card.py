@@ -102,7 +102,8 @@ class Graph:
             return self._compute(self._inputs)
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool):
+            # What other threads do meanwhile, a server's or NCCL's, is none of the graph's business.
+            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._outputs = self._compute(self._inputs)
         self._graph.replay()
         assert self._outputs is not None

@@ -312,7 +312,7 @@ def _forward(network: Network, pages: Pages, settings: EngineSettings, limit: in
     """
     if settings.kernels == "torch" or (settings.kernels == "auto" and network.device.type != "cuda"):
         return Forward(network, pages)
-    lack = missing(network) if network.ranks is None else "a network in parts runs without kernels of ours so far"
+    lack = missing(network)
     if lack is None:
         from .card import CardForward  # loads Triton
 

@@ -17,11 +17,12 @@ from ..config import ModelConfig
 from ..kernels import gpu
 from ..kernels.triton import attention, layer, routing
 from ..kernels.triton.common import Operand, operand
-from ..kernels.triton.experts import expert_outputs
+from ..kernels.triton.experts import expert_outputs, weighted_sum
 from ..kernels.triton.linear import Ready
 from ..model import Mode, Network
 from ..model.block import Block
 from ..model.linear import Linear
+from ..model.moe import Experts
 from ..model.norm import RMSNorm
 from ..model.rope import Rotation, rotation
 from ..quant import Quantized
@@ -160,6 +161,7 @@ class Fused:
     def __init__(self, network: Network, store: Store):
         self.network, self.store = network, store
         self.eps = network.config.rms_norm_eps
+        self._ranks = network.ranks
         self._blocks = [block for block in network.layers if isinstance(block, Block)]
         scalars = [(block.encode_scalar.data, block.denoise_scalar.data) for block in self._blocks]
         self._scalars = torch.stack([torch.cat(pair) for pair in scalars])
@@ -176,7 +178,7 @@ class Fused:
         """A canvas's embeddings and soft embeddings [T, H] -> input of the first layer (`SelfConditioning`)."""
         gate_up, down = self._conditioning
         normed = layer.norm(soft, _scale(self.network.self_conditioning.pre_norm), self.eps, gate_up)
-        mixed = embeddings + self._mlp(gate_up, down, normed)
+        mixed = embeddings + self._added(self._mlp(gate_up, down, normed))
         return layer.norm(mixed, None, self.eps, operand(mixed)).values
 
     def run(self, x: Tensor, layout: Layout) -> Tensor:
@@ -200,15 +202,17 @@ class Fused:
                 beside = self._mlp(own.gate_up, own.down, dense)
             scores = gpu.linear(routed, block.router.proj.weight)
             way = routing.route(scores, block.router.top_k, block.router.per_expert_scale)
-            parts = expert_outputs(mixed, way.order, way.offsets, *block.experts.held(), dtype=dtype)
+            parts, weights = self._experts(block.experts, mixed, way, dtype)
             behind = (
                 _scale(block.post_feedforward_layernorm_1),
                 _scale(block.post_feedforward_layernorm_2),
                 _scale(block.post_feedforward_layernorm),
             )
             self._aside.join()
+            if self._ranks is not None:
+                beside, parts = self._ranks.total(torch.stack([beside, parts.squeeze(1)])).unflatten(1, (-1, 1))
             x, normed = layer.leave(
-                h, beside, parts, way.weights, behind, scalars[index], norms[index + 1], self.eps, firsts[index + 1]
+                h, beside, parts, weights, behind, scalars[index], norms[index + 1], self.eps, firsts[index + 1]
             )
         return normed.values
 
@@ -224,7 +228,24 @@ class Fused:
             (cos, sin), self.eps, slots=layout.slots[shape.sliding], pool=pool,
         )  # fmt: skip
         seen = attention.attend(*turned, *pool, layout.plans[shape.sliding], own.output)
-        return gpu.product(seen, own.output, dtype)
+        return self._added(gpu.product(seen, own.output, dtype))
+
+    def _experts(self, experts: Experts, x: Ready, way: routing.Routing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What experts give, and its weights: [T, k, H] and [T, k]. Of a network in parts this rank's experts',
+        already weighted, [T, 1, H], and ones.
+        """
+        if self._ranks is None:
+            return expert_outputs(x, way.order, way.offsets, *experts.held(), dtype=dtype), way.weights
+        first, end = self._ranks.experts
+        own = expert_outputs(
+            x, way.order, way.offsets[first : end + 1], *experts.held(), dtype=dtype, of=len(way.offsets) - 1
+        )
+        weights = torch.where((way.experts >= first) & (way.experts < end), way.weights, 0.0)
+        return weighted_sum(own, weights)[:, None], torch.ones_like(weights[:, :1])
+
+    def _added(self, x: Tensor) -> Tensor:
+        """Over the ranks of a network in parts."""
+        return x if self._ranks is None else self._ranks.total(x)
 
     def _mlp(self, gate_up: Operand, down: Operand, x: Ready) -> Tensor:
         both = gpu.product(x, gate_up, self.network.dtype)

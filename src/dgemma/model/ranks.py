@@ -107,14 +107,24 @@ class Ranks:
         dist.all_reduce(x)
         return x
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """Every rank's x, which all have in one shape: [...] -> [ranks, ...]."""
+        x = x.contiguous()
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(parts), x)
+        return parts
+
     def joined(self, x: Tensor) -> Tensor:
         """All ranks' scores side by side: [..., own words] -> [..., words]."""
-        sizes = [end - first for first, end in (replace(self, rank=rank).words for rank in range(self.size))]
-        most = max(sizes)
-        padded = torch.nn.functional.pad(x, (0, most - x.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        sizes = self.word_counts
+        parts = self.gathered(torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1])))
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    @property
+    def word_counts(self) -> list[int]:
+        """How many of the table's rows each rank has."""
+        ranges = (replace(self, rank=rank).words for rank in range(self.size))
+        return [end - first for first, end in ranges]
 
     @property
     def _step(self) -> int:

@@ -103,8 +103,9 @@ def _sum_kernel(room, weights, out, k, N, BN: tl.constexpr):
     lines = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
     for choice in range(k):
-        value = tl.load(room + (token * k + choice) * N + lines, mask=lines < N, other=0.0).to(tl.float32)
-        total += value * tl.load(weights + token * k + choice)
+        weight = tl.load(weights + token * k + choice)
+        there = lines < tl.where(weight != 0.0, N, 0)
+        total += weight * tl.load(room + (token * k + choice) * N + lines, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * N + lines, narrow(total, out.dtype.element_ty), mask=lines < N)
 
 
@@ -122,15 +123,19 @@ def expert_outputs(
     *,
     tiles: tuple[Tile, Tile] | None = None,
     dtype: torch.dtype | None = None,
+    of: int | None = None,
 ) -> Tensor:
     """What each expert makes of each token that chose it: [T, k, H] in x's dtype, not yet weighted.
+
+    Where these are some of all experts, places of assignments to others are left as they are.
 
     Args:
         x: [T, H], or what is `ready` of it for `gate_up`; then `dtype` says in which dtype the outputs are.
         order: [T * k] int32, assignments sorted by expert.
-        offsets: [E + 1] int32, where in `order` each expert's begin.
+        offsets: [E + 1] int32, where in `order` each of these experts' begin.
         gate_up, down: [E, 2I, H] and [E, H, I], both in FP8 or neither; weights that `common.fits`.
         tiles: for the two products.
+        of: how many experts tokens choose from; None: these are all.
     """
     first, second = operand(gate_up), operand(down)
     own = ready(x, first) if isinstance(x, Tensor) else x
@@ -143,7 +148,7 @@ def expert_outputs(
     out = torch.empty(tokens, k, hidden, dtype=kind, device=device)
     if not out.numel():
         return out
-    one, two = tiles or sizes.experts(tokens * k // count, first, second)
+    one, two = tiles or sizes.experts(tokens * k // (of or count), first, second)
     padded, parts = power(count), triton.cdiv(width, one.columns)
     between = room(tokens * k, out, second)
     scales = torch.empty(tokens * k, parts, device=device) if first.form == "fp8" else between.values
@@ -161,7 +166,9 @@ def expert_outputs(
 
 
 def weighted_sum(room: Tensor, weights: Tensor) -> Tensor:
-    """[T, k, H] and [T, k] float32 -> [T, H]: the sum over k in order, in float32, rounded once."""
+    """[T, k, H] and [T, k] float32 -> [T, H]: the sum over k in order, in float32, rounded once. What has the weight 0
+    is not read.
+    """
     tokens, k, hidden = room.shape
     out = torch.empty(tokens, hidden, dtype=room.dtype, device=room.device)
     if tokens:

@@ -19,7 +19,7 @@ bfloat16 a tile that another position of its block needs adds what it has, which
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -35,6 +35,25 @@ from .linear import ready
 # Of scores in units of log 2: a bound up to which weights have one reference, and the largest weight's exponent then.
 # The smallest one's is 100 - 2 * 113, and products of the largest with all words of a table stay finite.
 BOUND, TOP = tl.constexpr(113.0), tl.constexpr(100.0)
+NOWHERE = tl.constexpr(2**31 - 1)  # behind every word
+
+
+class Peers(Protocol):
+    """Processes that have the table in parts, each some of its words in order: `model.ranks.Ranks`."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this one is."""
+
+    @property
+    def word_counts(self) -> list[int]:
+        """How many words each has."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' x."""
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Every rank's x: [ranks, ...]."""
 
 
 class Step(NamedTuple):
@@ -55,7 +74,7 @@ class Step(NamedTuple):
 @triton.jit
 def _scores_kernel(
     x, xs, w, ws, heats, barred, bias_words, biases, ends, weights, peaks, totals, means, words, n, V, K, cap,
-    bias_count, end_count, FORM: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr,
+    bias_count, end_count, pitch, before, FORM: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Positions are on the product's left and words on its right, so that what is summed over words is mostly one
@@ -84,11 +103,11 @@ def _scores_kernel(
     score *= heat
     for number in range(bias_count):
         word, value = tl.load(bias_words + number), tl.load(biases + number)
-        score += tl.where(lines == word, value, 0.0)[None, :] * heat
+        score += tl.where(lines + before == word, value, 0.0)[None, :] * heat
     refused = tl.load(barred + rows, mask=seen, other=0) != 0
     for number in range(end_count):
         word = tl.load(ends + number)
-        score = tl.where((lines == word)[None, :] & refused[:, None], float("-inf"), score)
+        score = tl.where((lines + before == word)[None, :] & refused[:, None], float("-inf"), score)
     score = tl.where(real[None, :], score, float("-inf"))
     peak = tl.max(score, 1)
     word = tl.min(tl.where(score == peak[:, None], lines[None, :], V - 1), 1)
@@ -101,17 +120,17 @@ def _scores_kernel(
         stored *= tl.load(ws + lines, mask=real, other=0.0)[None, :]
     there = rows[:, None] * V + lines[None, :]
     tl.store(weights + there, narrow(stored, weights.dtype.element_ty), mask=seen[:, None] & real[None, :])
-    spot = rows * tl.cdiv(V, BN) + tile
+    spot = rows * pitch + tile
     tl.store(peaks + spot, peak, mask=seen)
     tl.store(totals + spot, tl.sum(weight, 1) + broken, mask=seen)
     tl.store(means + spot, tl.sum(weight * logs, 1), mask=seen)
-    tl.store(words + spot, word, mask=seen)
+    tl.store(words + spot, word + before, mask=seen)
 
 
 @triton.jit
 def _merge_kernel(
     weights, ws, heats, peaks, totals, means, words, uniforms, factors, norms, argmaxes, samples, entropies, V,
-    tile_count, least, cap,
+    tile_count, first, before, least, cap,
     SHARED: tl.constexpr, SCALED: tl.constexpr, SAMPLED: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -126,7 +145,7 @@ def _merge_kernel(
     mass = own * share
     total = tl.sum(mass, 0)
     mean = tl.sum(share * tl.load(means + spot, mask=real, other=0.0) + mass * gap, 0)
-    best = tl.min(tl.where(peak == most, tl.load(words + spot, mask=real, other=V), V), 0)
+    best = tl.min(tl.where(peak == most, tl.load(words + spot, mask=real, other=0), NOWHERE), 0)
     best = tl.where(broken, 0, best)
     tl.store(argmaxes + row, best.to(tl.int64))
     tl.store(entropies + row, tl.where(broken, float("nan"), (tl.log2(total) - mean / total) / LOG2_E))
@@ -144,13 +163,15 @@ def _merge_kernel(
         tile = tl.minimum(tl.sum((ends <= target).to(tl.int32), 0), last)
         inside = tl.maximum(target - tl.sum(tl.where(lanes < tile, mass, 0.0), 0), 0.0)
         inside = inside / tl.sum(tl.where(lanes == tile, mass, 0.0), 0)
-        line = tile * BN + tl.arange(0, BN)
-        weight = tl.load(weights + row * V + line, mask=line < V, other=0.0).to(tl.float32)
+        line = (tile - first) * BN + tl.arange(0, BN)
+        ours = (line >= 0) & (line < V)  # nothing: another rank finds the word
+        weight = tl.load(weights + row * V + line, mask=ours, other=0.0).to(tl.float32)
         if SCALED:
-            weight = weight / tl.load(ws + line, mask=line < V, other=1.0)
+            weight = weight / tl.load(ws + line, mask=ours, other=1.0)
         ends = tl.cumsum(weight, 0)
         last = tl.max(tl.where(weight > 0.0, tl.arange(0, BN), 0), 0)
-        word = tl.minimum(tl.sum((ends <= inside * tl.max(ends, 0)).to(tl.int32), 0), last) + tile * BN
+        word = tl.minimum(tl.sum((ends <= inside * tl.max(ends, 0)).to(tl.int32), 0), last)
+        word = tl.where(tl.max(ours.to(tl.int32), 0) == 0, 0, word + (tile - first) * BN + before)
         tl.store(samples + row, tl.where(broken, 0, word).to(tl.int64))
 
 
@@ -221,6 +242,7 @@ def step(
     ends: Tensor | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
     soft: bool = True,
+    peers: Peers | None = None,
 ) -> Step:
     """Hidden states [n, H] against a table [V, H] of floats, FP8 or 8 bits with a scale a row.
 
@@ -236,6 +258,7 @@ def step(
         uniform: float32 [n] in [0, 1); None: the likeliest.
         barred: int8 [n], 1 where the words `ends` (int64) are refused.
         bias: int64 words and the float32 numbers that are added to their scores.
+        peers: where the table is one's part of a larger one; all call this at once, and find the same.
     """
     own = operand(table)
     n, (words, width), device = len(hidden), own.shape, hidden.device
@@ -243,9 +266,7 @@ def step(
     tile = tiles.vocabulary(n, own.form)
     count = triton.cdiv(words, tile.columns)
     weights = torch.empty(n, words, dtype=hidden.dtype, device=device)
-    peaks, totals, means, factors = torch.empty(4, n, count, device=device)
     shared = cap is not None and bias is None and hidden.dtype != torch.float32
-    best = torch.empty(n, count, dtype=torch.int32, device=device)
     argmax, entropies = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, device=device)
     sampled = argmax if uniform is None else torch.empty_like(argmax)
     found, share = Belief(argmax, sampled, entropies), torch.zeros((), device=device)
@@ -256,18 +277,35 @@ def step(
     barred = torch.zeros(n, dtype=torch.int8, device=device) if barred is None else barred
     bias_words, biases = (argmax[:0], entropies[:0]) if bias is None else bias
     value, scales = ready(hidden, own)
-    padded = power(count)
+    counts_of = [words] if peers is None else peers.word_counts
+    pitch, place = triton.cdiv(max(counts_of), tile.columns), 0 if peers is None else peers.rank
+    before = sum(counts_of[:place])
+    # Largest score, sum of weights, their weighted logarithms and likeliest word of each tile; ranks have room for as
+    # many tiles as the one with most words, and the last may be nobody's.
+    found_in = torch.empty(4, n, pitch, device=device)
+    if count < pitch:
+        found_in[0, :, count:], found_in[1:, :, count:] = float("-inf"), 0.0
+    peaks, totals, means, best = found_in
     _scores_kernel[(triton.cdiv(n, tile.rows) * count,)](
         value, scales, own.data, own.scales, heats, barred, bias_words, biases, ends, weights, peaks, totals, means,
-        best, n, words, width, cap or 0.0, len(bias_words), len(ends), FORM=own.form, CAPPED=cap is not None,
-        SHARED=shared, BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+        best.view(torch.int32), n, words, width, cap or 0.0, len(bias_words), len(ends), pitch, before,
+        FORM=own.form, CAPPED=cap is not None, SHARED=shared, BM=tile.rows, BN=tile.columns, BK=tile.inner,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    norms = torch.empty(n, device=device)
+    if peers is not None:
+        found_in = peers.gathered(found_in).permute(1, 2, 0, 3).flatten(2).contiguous()
+    (peaks, totals, means, best), everyone = found_in, found_in.shape[-1]
+    norms, factors = torch.empty(n, device=device), torch.empty(n, everyone, device=device)
     _merge_kernel[(n,)](
-        weights, own.scales, heats, peaks, totals, means, best, entropies if uniform is None else uniform, factors,
-        norms, argmax, sampled, entropies, words, count, tolerance / count, cap or 0.0, SHARED=shared,
-        SCALED=own.form != "float", SAMPLED=uniform is not None, PADDED=padded, BN=tile.columns, num_warps=4,
+        weights, own.scales, heats, peaks, totals, means, best.view(torch.int32),
+        entropies if uniform is None else uniform, factors, norms, argmax, sampled, entropies, words, everyone,
+        place * pitch, before, tolerance / everyone, cap or 0.0, SHARED=shared, SCALED=own.form != "float",
+        SAMPLED=uniform is not None, PADDED=power(everyone), BN=tile.columns, num_warps=4,
     )  # fmt: skip
+    if peers is not None:
+        factors = factors[:, place * pitch : place * pitch + count].contiguous()
+        if uniform is not None:  # the word is 0 wherever its tile is another rank's
+            found = found._replace(sampled=peers.total(sampled))
     if not soft:
         return Step(found, None, share)
     blend = tiles.blend(n)
@@ -275,11 +313,14 @@ def step(
     splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
     live = torch.empty(blocks, count, dtype=torch.int32, device=device)
     counts, taken = torch.empty(2, blocks, dtype=torch.int32, device=device)
-    _live_kernel[(blocks,)](factors, live, counts, taken, n, count, BM=blend.rows, STEP=16, PADDED=padded, num_warps=16)
+    _live_kernel[(blocks,)](
+        factors, live, counts, taken, n, count, BM=blend.rows, STEP=16, PADDED=power(count), num_warps=16
+    )
     parts = torch.empty(splits, n, width, device=device)
     _blend_kernel[(wide, blocks, splits)](
         weights, factors, norms, live, counts, own.data, parts, n, words, width, count,
         SHARED=shared, SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.columns, BK=blend.inner,
         num_warps=blend.warps, num_stages=blend.stages,
     )  # fmt: skip
-    return Step(found, parts.sum(dim=0), taken.sum() / (n * count))
+    blended = parts.sum(dim=0)
+    return Step(found, blended if peers is None else peers.total(blended), taken.sum() / (n * count))
