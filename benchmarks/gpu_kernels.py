@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_weights import FORMS
+from gpu_weights import FORMS, random_quantized
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,6 +105,8 @@ class Maker:
 
     def weight(self, form: str, *shape: int) -> Tensor | Quantized:
         """A weight of about 1 / sqrt(inputs)."""
+        if form == "nvfp4":
+            return random_quantized(form, None, shape, self.generator)
         values = self.numbers(*shape, scale=shape[-1] ** -0.5)
         if form == "bfloat16":
             return values

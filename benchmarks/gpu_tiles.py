@@ -32,14 +32,14 @@ from torch import Tensor
 from dgemma.config import AttentionShape
 from dgemma.kernels import gpu, plain
 from dgemma.kernels.triton import attention, experts, linear, tiles, vocabulary
-from dgemma.kernels.triton.common import Operand, operand
+from dgemma.kernels.triton.common import FOUR_BITS, Operand, operand
 from dgemma.kernels.triton.tiles import Tile
 from dgemma.quant import Quantized
 
 CONFIG = config_of(6, tiny=False)
 DEVICE = torch.device("cuda")
 OPERATIONS = ("linear", "gate_up", "down", "attend", "scores", "blend")
-FORMS = ("fp8", "int4", "int8", "bfloat16")
+FORMS = ("fp8", "int4", "nvfp4", "int8", "bfloat16")
 Ints = tuple[int, ...]
 
 
@@ -72,8 +72,7 @@ def weight(form: str, *shape: int) -> Tensor | Quantized:
     generator = torch.Generator(DEVICE).manual_seed(0)
     if form == "bfloat16":
         return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_(std=shape[-1] ** -0.5)
-    bits, group = (4, 64) if form == "int4" else (8, None)
-    return random_quantized(bits, group, form == "fp8", shape, generator)
+    return random_quantized(form, 64 if form == "int4" else None, shape, generator)
 
 
 def numbers(*shape: int) -> Tensor:
@@ -89,7 +88,7 @@ def cases(operation: str, form: str, tokens: int) -> Iterator[Case]:
         yield _experts(operation, form, tokens)
     elif operation == "attend":
         yield from _attend(tokens)
-    elif form != "int4":
+    elif form not in FOUR_BITS:
         yield _vocabulary(operation, form, tokens)
 
 
@@ -99,7 +98,7 @@ def _linear(form: str, tokens: int) -> Iterator[Case]:
         own = operand(weight(form, outputs, inputs))
         ready = linear.ready(numbers(tokens, inputs), own)
         inner = (own.span,) if own.span else (128,) if form == "fp8" else (64,)
-        shapes = ((4, 2), (4, 3), (8, 2), (8, 3)) if form == "int4" else ((4, 4), (8, 4))
+        shapes = ((4, 2), (4, 3), (8, 2), (8, 3)) if form in FOUR_BITS else ((4, 4), (8, 4))
 
         def run(tile: Tile, own: Operand = own, ready: linear.Ready = ready) -> Any:
             if tile.rows:
@@ -108,7 +107,7 @@ def _linear(form: str, tokens: int) -> Iterator[Case]:
 
         yield Case(
             f"linear {form} {outputs}x{inputs}, {tokens} rows", run, Tile(rows=0, columns=0),
-            grid((64, 128, 256) if form == "int4" else (64, 128), (64, 128), inner, *shapes), own.data.nbytes,
+            grid((64, 128, 256) if form in FOUR_BITS else (64, 128), (64, 128), inner, *shapes), own.data.nbytes,
         )  # fmt: skip
 
 
@@ -121,7 +120,7 @@ def _experts(operation: str, form: str, tokens: int) -> Case:
     one, two = tiles.experts(tokens * k // count, operand(gate_up), operand(down))
     first, few = operation == "gate_up", tokens <= 256
     rows = (16, 32) if few else (64, 128)
-    if form == "int4":
+    if form in FOUR_BITS:
         shapes = ((4, 2), (4, 3), (8, 2), (8, 3)) if few else ((4, 2), (8, 2), (8, 3))
         trials = grid(rows, (32, 64) if first else (64, 128), (256,), *shapes)
     elif first:

@@ -12,15 +12,17 @@ from dgemma.checkpoint.load import empty_network
 from dgemma.checkpoint.quantize import plan
 from dgemma.config import ModelConfig
 from dgemma.model import Network
-from dgemma.quant import Policy, Quantized, kind_of
+from dgemma.quant import KINDS, Policy, Quantized, kind_of
 
-FORMS = ("bfloat16", "fp8", "int8", "int4")
+FORMS = ("bfloat16", "fp8", "int8", "int4", "nvfp4")
+# NVIDIA's file has experts in NVFP4, and the rest in bfloat16.
+EXPERTS_ALONE = Policy(format="int4", group=64, search=False, kinds=dict.fromkeys(set(KINDS) - {"experts"}, "keep"))
 # Everything that the real sizes have, in small: grouped heads, a window, sliding and full layers, groups of 32.
 TINY: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
     "num_experts": 4,
     "top_k_experts": 2,
     "num_attention_heads": 4,
@@ -44,20 +46,23 @@ def config_of(layers: int, *, tiny: bool) -> ModelConfig:
 
 def network_of(config: ModelConfig, form: str, device: torch.device, *, seed: int = 0) -> Network:
     """A network with random weights that keep activations of the order of one, its matrices in a form as
-    `dgemma quantize` holds them. Routing is near uniform and no word of the vocabulary unlikely: the worst case.
+    `dgemma quantize` holds them, or as NVIDIA's file in NVFP4. Routing is near uniform and no word of the vocabulary
+    unlikely: the worst case.
     """
     generator = torch.Generator(device).manual_seed(seed)
     network = empty_network(config)
     dtype = getattr(torch, config.dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    layouts = {} if form == "bfloat16" else plan(Policy(format=form, search=False), shapes)[0]
+    policy = EXPERTS_ALONE if form == "nvfp4" else Policy(format=form, search=False) if form != "bfloat16" else None
+    layouts = plan(policy, shapes)[0] if policy else {}
     for name, shape in shapes.items():
         path, _, last = name.rpartition(".")
         owner = network.get_submodule(path)
         layout = layouts.get(kind_of(name) or "")
         if layout is not None:
             del owner._parameters[last]
-            setattr(owner, last, random_quantized(layout.bits, layout.group, form == "fp8", shape, generator))
+            own = form if layout.bits == 4 or form == "fp8" else "int8"
+            setattr(owner, last, random_quantized(own, layout.group, shape, generator))
             continue
         if len(shape) == 1:
             values = 1 + 0.1 * torch.randn(shape, generator=generator, device=device)
@@ -75,12 +80,17 @@ def nbytes(network: Network) -> int:
     return sum(held) + sum(p.nbytes for p in network.parameters())
 
 
-def random_quantized(
-    bits: int, group: int | None, floating: bool, shape: tuple[int, ...], generator: torch.Generator
-) -> Quantized:
-    """A weight drawn as it is held, on the generator's device, of about 1 / sqrt(inputs)."""
+def random_quantized(form: str, group: int | None, shape: tuple[int, ...], generator: torch.Generator) -> Quantized:
+    """A weight drawn as it is held, on the generator's device, of about 1 / sqrt(inputs).
+
+    Args:
+        form: that of `Quantized`.
+        group: inputs that share a scale; of "int4" and "int8".
+    """
     device, (*rows, width) = generator.device, shape
-    if floating:
+    bits = 4 if form in ("int4", "nvfp4") else 8
+    factors = None
+    if form == "fp8":
         data: Tensor = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         for part in data.view(-1, width).split(1 << 16):
             part.copy_((torch.randn(part.shape, generator=generator, device=device) * 100).clamp_(-448, 448))
@@ -88,6 +98,12 @@ def random_quantized(
     else:
         data = torch.empty(*rows, width * bits // 8, dtype=torch.uint8, device=device)
         data.random_(0, 256, generator=generator)
-        data, spread = centred(data, bits)
+        data, spread = centred(data, bits) if form != "nvfp4" else (data, 5.85)
+    group = {"fp8": None, "nvfp4": 16}.get(form, group)
     scales = torch.rand(*rows, width // group if group else 1, generator=generator, device=device) * 0.5 + 0.75
-    return Quantized(bits=bits, group=group, data=data, scales=scales * width**-0.5 / spread)
+    if form == "nvfp4":
+        factors = torch.full((*rows, 1), width**-0.5 / spread, device=device)
+        scales = scales.to(torch.float8_e4m3fn)
+    else:
+        scales *= width**-0.5 / spread
+    return Quantized(bits=bits, group=group, data=data, scales=scales, factors=factors)

@@ -1,4 +1,5 @@
-"""Triton compiles for Hopper without a card: what the interpreter runs is also what the compiler takes.
+"""Triton compiles without a card: what the interpreter runs is also what the compiler takes. For Hopper, and products
+for the oldest cards too, since some have instructions of their own.
 
 Compiling is done in a process of its own, without the interpreter. The largest tiles are taken, where registers and
 shared memory are shortest.
@@ -20,7 +21,7 @@ import torch
 from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, tiles, vocabulary
 
 KINDS = {
-    "fp32": "xs peaks sums totals means factors parts scales out_scales heats biases uniforms norms scalars "
+    "fp32": "xs wf peaks sums totals means factors parts scales out_scales heats biases uniforms norms scalars "
             "expert_scale",
     "i64": "ends bias_words argmaxes samples slots", "i8": "barred",
     "i32": "order offsets segments blocks pages ranks counts ticket live taken words",
@@ -30,30 +31,29 @@ KIND |= dict.fromkeys("T N K E H D V n k count window most heads kv_heads rows_i
                       "tile_count pitch first before".split(), "i32")
 KIND |= dict.fromkeys("eps factor cap least".split(), "fp32")
 
-def build(kernel, tile, constants, **kinds):
+def build(kernel, tile, constants, capability=90, **kinds):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else kinds.get(n, KIND.get(n, "*bf16")) for n in names}
     wide = [(i,) for i, n in enumerate(names) if signature[n].startswith("*") or n in "KNHDV"]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants,
                        attrs={place: [["tt.divisibility", 16]] for place in wide})
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert made.metadata.shared <= 227 * 1024, made.metadata.shared
     return made.asm["ptx"]
 
 WEIGHTS = {"float": {}, "int8": {"w": "*i8", "ws": "*fp32"}, "int4": {"w": "*i16", "ws": "*fp32"},
-           "fp8": {"x": "*fp8e4nv", "w": "*fp8e4nv", "ws": "*fp32"}}
+           "nvfp4": {"w": "*i16", "ws": "*i32"}, "fp8": {"x": "*fp8e4nv", "w": "*fp8e4nv", "ws": "*fp32"}}
 
 def operand_of(form, *shape):
-    kinds = {"float": torch.bfloat16, "int4": torch.int16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-    data = torch.empty(0, dtype=kinds[form])
-    return common.Operand(data, data, form, 64 if form == "int4" else 0, shape)
+    data = torch.empty(0)
+    return common.Operand(data, data, data, form, 64 if form in common.FOUR_BITS else 0, shape)
 
 def products(form):
     kinds = WEIGHTS[form]
     for rows in (16, 256):
         own = operand_of(form, 4096, 2816)
-        if form.startswith("int"):
+        if form not in ("float", "fp8"):
             wide = {"FORM": form, "GROUP": own.group, "BN": 64, "BK": own.span or 128}
             build(linear._widen_kernel, tiles.Tile(rows=1, columns=1), wide, **kinds)
         t = tiles.product(rows, own, 4096)
@@ -66,10 +66,15 @@ def products(form):
         sizes |= {"BM": two.rows, "BN": two.columns, "BK": two.inner, "SPAN": 64 if form == "fp8" else 0}
         build(experts._down_kernel, two, {n: v for n, v in sizes.items() if n != "SPREAD"}, **kinds)
 
-WRITTEN = {"float": "*bf16", "fp8": "*fp8e4nv", "int4": "*bf16"}
+WRITTEN = {"float": "*bf16", "fp8": "*fp8e4nv", "int4": "*bf16"}  # "nvfp4" as "int4"
 
 def written(form, more=""):
     return {"FORM" + more: form, "SPAN" + more: 128 if form == "int4" else 0}
+
+def older(form):
+    sizes = {"FORM": form, "GROUP": 64, "BM": 64, "BN": 64, "BK": 128}
+    made = build(linear._linear_kernel, tiles.Tile(rows=64, columns=64, stages=2), sizes, 80, **WEIGHTS[form])
+    assert "mma.sync" in made
 
 def attending(form):
     for width, group in ((512, 8), (256, 2)):
@@ -116,12 +121,14 @@ globals()[sys.argv[1]](sys.argv[2])
 
 @pytest.mark.parametrize(
     ("part", "form"),
-    [("products", f) for f in ("float", "fp8", "int8", "int4")]
+    [("products", f) for f in ("float", "fp8", "int8", "int4", "nvfp4")]
+    + [("older", f) for f in ("float", "int8", "int4", "nvfp4")]
     + [("attending", ""), ("rest", "")]
     + [("words", f) for f in ("float", "fp8", "int8")],
 )
-def test_compiles_for_hopper(part: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code, within a multiprocessor's shared memory; products on its tensor cores."""
+def test_compiles(part: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code, within a multiprocessor's shared memory; products on its tensor cores; "older": for the oldest
+    cards that the kernels are for."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     done = subprocess.run([sys.executable, "-c", CODE, part, form], capture_output=True, text=True, timeout=170)

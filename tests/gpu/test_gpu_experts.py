@@ -12,10 +12,10 @@ from dgemma.kernels.triton.tiles import Tile
 
 
 @pytest.mark.parametrize("routing", ["even", "one", "skewed"])
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8", "int8", "int4-32"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8", "int8", "int4-32", "nvfp4"])
 def test_experts(form: str, routing: str) -> None:
     """Against the sum of feed-forwards: experts without tokens, one with all, more tokens than a tile."""
-    tokens, k, count, hidden, width = 21, 3, 5, 64, 96
+    tokens, k, count, hidden, width = 21, 3, 5, 64, 192 if form == "nvfp4" else 96
     x = numbers(tokens, hidden, dtype=torch.bfloat16 if form == "bfloat16" else torch.float32)
     gate_up, down = weight(form, count, 2 * width, hidden), weight(form, count, hidden, width, seed=1)
     experts, weights = choices(routing, tokens, k, count), numbers(tokens, k).softmax(dim=-1)

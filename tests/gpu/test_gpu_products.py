@@ -10,7 +10,7 @@ from dgemma.kernels import plain
 from dgemma.kernels.triton.common import operand
 from dgemma.kernels.triton.linear import linear, ready, widened
 
-FORMS = ["float32", "bfloat16", "fp8", "int8", "int8-16", "int8-32", "int4-32", "int4-64"]
+FORMS = ["float32", "bfloat16", "fp8", "int8", "int8-16", "int8-32", "int4-32", "int4-64", "nvfp4"]
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 2**-7)}
 
 
@@ -51,7 +51,7 @@ def test_fp8_rows_are_those_of_torch() -> None:
     assert torch.equal(found.float(), values.float())
 
 
-@pytest.mark.parametrize("form", ["int4-32", "int8", "int8-16"])
+@pytest.mark.parametrize("form", ["int4-32", "nvfp4", "int8", "int8-16"])
 @pytest.mark.parametrize("inputs", [64, 320])
 def test_widened_weights(form: str, inputs: int) -> None:
     """What the library multiplies where there are many rows: the same products, in whatever order inputs come."""

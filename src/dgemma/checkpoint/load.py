@@ -265,13 +265,11 @@ def _quantized(weight: Weight, device: torch.device, *, packed: bool = True) -> 
         if len(weight.pieces) == 1:
             return matrix.to(device)
         if whole is None or target is None:
-            whole = Quantized.empty(
-                weight.shape, bits=matrix.bits, group=matrix.group, dtype=matrix.data.dtype, device=device
-            )
+            whole = matrix.room(weight.shape[:-1], device)
             target = whole[piece.where]
-        if target.data.data_ptr() != matrix.data.data_ptr():
-            target.data.copy_(matrix.data)
-        target.scales.copy_(matrix.scales)
+        for name, tensor in target.tensors.items():
+            if tensor.data_ptr() != matrix.tensors[name].data_ptr():
+                tensor.copy_(matrix.tensors[name])
     assert whole is not None
     return whole
 

@@ -267,8 +267,8 @@ def merged(*modules: Linear) -> Tensor | Quantized:
     """One matrix of several with the same inputs, whose weights become views of it; they must be of one form."""
     weights, first = [module.weight for module in modules], 0
     if isinstance(weights[0], Quantized):
-        data, scales = (torch.cat([getattr(own, name) for own in weights]) for name in ("data", "scales"))
-        whole: Tensor | Quantized = replace(weights[0], data=data, scales=scales)
+        joined = {name: torch.cat([getattr(own, name) for own in weights]) for name in weights[0].tensors}
+        whole: Tensor | Quantized = replace(weights[0], **joined)
     else:
         whole = torch.cat([own.data for own in weights])
     for module, own in zip(modules, weights, strict=True):

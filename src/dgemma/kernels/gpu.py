@@ -49,6 +49,8 @@ CHOICES = {
     ("experts", "fp8"): Choice(TRITON, "torch has none with weights' scales by row; measured 304"),
     ("experts", "int8"): Choice(TRITON, "torch has none; measured 414"),
     ("experts", "int4"): Choice(TRITON, "torch has none; measured 252"),
+    ("linear", "nvfp4"): Choice(TRITON, "torch's product wants inputs in 4 bits too; not yet measured"),
+    ("experts", "nvfp4"): Choice(TRITON, "torch has none for weights alone; not yet measured"),
     ("vocabulary", "float"): Choice(TRITON, "keeps scores out of memory; measured 1,967, torch 8,374"),
     ("vocabulary", "fp8"): Choice(TRITON, "keeps scores out of memory; measured 2,275"),
     ("vocabulary", "int8"): Choice(TRITON, "keeps scores out of memory; measured 2,435"),
@@ -111,10 +113,8 @@ def _held(module: Linear) -> tuple[str, int | None]:
 
 
 def form_of(weight: Weight | None) -> str:
-    """ "float", "fp8", "int8" or "int4"."""
-    if not isinstance(weight, Quantized):
-        return "float"
-    return "fp8" if weight.floating else f"int{weight.bits}"
+    """ "float", or that of `Quantized`."""
+    return weight.form if isinstance(weight, Quantized) else "float"
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -135,7 +135,7 @@ def product(own: Ready, weight: Operand, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T` of activations that are ready for the weight: [T, I] and [O, I] -> [T, O] in the dtype."""
     from .triton import linear as kernels
 
-    if weight.form in ("int4", "int8") and len(own.values) >= MANY_ROWS:
+    if weight.form in ("int4", "nvfp4", "int8") and len(own.values) >= MANY_ROWS:
         return plain.linear(own.values, kernels.widened(weight, own.values.dtype))
     if _way("linear", weight.form).way == TRITON:
         return kernels.product(own, weight, dtype)

@@ -189,18 +189,14 @@ def _put(experts: Experts, name: str, weight: Weight) -> None:
 
 
 def _parts(weight: Weight) -> list[Tensor]:
-    return [weight.detach()] if isinstance(weight, Tensor) else list(_fields(weight).values())
-
-
-def _fields(weight: Quantized) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
+    return [weight.detach()] if isinstance(weight, Tensor) else list(weight.tensors.values())
 
 
 def _made_of(weight: Weight, parts: Sequence[Tensor]) -> Weight:
     """A weight like another, of other tensors."""
     if isinstance(weight, Tensor):
         return parts[0]
-    return replace(weight, **dict(zip(_fields(weight), parts, strict=True)))  # type: ignore[arg-type]
+    return replace(weight, **dict(zip(weight.tensors, parts, strict=True)))  # type: ignore[arg-type]
 
 
 def _aligned(count: int) -> int:

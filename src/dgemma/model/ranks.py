@@ -91,15 +91,14 @@ class Ranks:
             return weight
         if isinstance(weight, Tensor):
             return weight.narrow(axis, first, end - first).clone()
-        if axis == 0:
-            data, scales = weight.data[first:end], weight.scales[first:end]
-        else:
+        if axis == 1:
             data, scales = weight.data[..., first * weight.bits // 8 : end * weight.bits // 8], weight.scales
             if weight.group is not None:
                 if first % weight.group or end % weight.group:
                     raise ConfigError(f"tensor_parallel: {name} has groups of {weight.group}, which would be cut")
                 scales = scales[..., first // weight.group : end // weight.group]
-        return Quantized(bits=weight.bits, group=weight.group, data=data.clone(), scales=scales.clone())
+            return replace(weight, data=data, scales=scales).each(Tensor.clone)
+        return weight[first:end].each(Tensor.clone)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, in its place."""

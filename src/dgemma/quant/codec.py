@@ -9,11 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CheckpointError
-from .layouts import FLOAT, GLOBAL, INT, MODELOPT, NVFP4, PACK, PACKED, SCALE, SECOND, SHAPE, WEIGHT, ZERO, Layout
+from .layouts import GLOBAL, NVFP4, PACK, PACKED, SCALE, SECOND, SHAPE, WEIGHT, ZERO, Layout
 from .quantized import Quantized
-
-# Twice the value of each E2M1 code: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and the same below zero.
-_E2M1_TWICE = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
 
 
 def decode(layout: Layout, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Quantized:
@@ -25,26 +22,24 @@ def decode(layout: Layout, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     rows, width = shape
     if SHAPE in tensors and tensors[SHAPE].tolist() != [rows, width]:
         raise CheckpointError(f"{SHAPE} says {tensors[SHAPE].tolist()}; config.json says {[rows, width]}")
-    scales = tensors[SCALE].float().reshape(-1, 1) if tensors[SCALE].dim() < 2 else tensors[SCALE].float()
-    if layout.name in (NVFP4, MODELOPT):
-        data, scales = _nvfp4(layout, tensors, scales)
-    elif layout.name == PACK:
-        data = _unpacked(layout, tensors, shape)
+    scales, factors = tensors[SCALE], None
+    if layout.nvfp4:
+        data, factors = tensors[PACKED if layout.name == NVFP4 else WEIGHT], _factors(layout, tensors, rows)
     else:
-        data = tensors[WEIGHT]
-    if not bool(torch.isfinite(scales).all()):
+        data = _unpacked(layout, tensors, shape) if layout.name == PACK else tensors[WEIGHT]
+        scales = (scales.reshape(-1, 1) if scales.dim() < 2 else scales).float().expand(rows, -1).contiguous()
+    if not bool(torch.isfinite(scales.float() * (1.0 if factors is None else factors)).all()):
         raise CheckpointError(f"{SCALE} holds NaN or infinity; the file is damaged")
     if data.dtype == torch.float8_e4m3fn and bool(torch.isnan(data.float()).any()):
         raise CheckpointError(f"{WEIGHT} holds NaN; the file is damaged")
-    scales = scales.expand(rows, -1).contiguous()
-    return Quantized(bits=layout.bits, group=layout.group, data=data.contiguous(), scales=scales)
+    return Quantized(bits=layout.bits, group=layout.group, data=data.contiguous(), scales=scales, factors=factors)
 
 
 def plain_part(layout: Layout) -> str | None:
     """The tensor whose bytes on disk are those of `Quantized.data`, if there is one (and no row is padded)."""
-    if layout.name == PACK:
-        return PACKED if layout.bits == layout.stored_bits == 4 else None
-    return WEIGHT if layout.name in (INT, FLOAT) else None
+    if layout.name == PACK and layout.bits != 4:
+        return None
+    return PACKED if layout.name in (PACK, NVFP4) else WEIGHT
 
 
 def encode(layout: Layout, matrix: Quantized) -> dict[str, Tensor]:
@@ -71,12 +66,10 @@ def _unpacked(layout: Layout, tensors: Mapping[str, Tensor], shape: tuple[int, i
     return (values - zeros[..., None]).flatten(-2)
 
 
-def _nvfp4(layout: Layout, tensors: Mapping[str, Tensor], scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Twice the values as int8, and half the scales."""
-    packed = tensors[PACKED if layout.name == NVFP4 else WEIGHT]
+def _factors(layout: Layout, tensors: Mapping[str, Tensor], rows: int) -> Tensor:
+    """Of NVFP4: half the matrix's own scale for each row, since `Quantized` has twice the values."""
     whole = tensors[GLOBAL].float().reciprocal() if layout.name == NVFP4 else tensors[SECOND].float()
-    pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
-    return _E2M1_TWICE[pairs.int()], scales * (whole.reshape(()) / 2)
+    return (whole.reshape(1, 1) / 2).repeat(rows, 1)
 
 
 def _nibbles(data: Tensor) -> Tensor:

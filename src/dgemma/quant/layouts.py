@@ -47,8 +47,8 @@ class Layout:
     Fields:
         name: of the layout, above.
         stored_bits: a value on disk.
-        bits, group: in memory. NVFP4 and 4 bits with zero points are held in 8 bits, exactly: twice an E2M1 value,
-            or value - zero point, is a whole number of at most 15.
+        bits, group: in memory. 4 bits with zero points are held in 8 bits, exactly: value - zero point is a whole
+            number of at most 15.
     """
 
     name: str
@@ -56,10 +56,16 @@ class Layout:
     bits: int
     group: int | None
 
+    @property
+    def nvfp4(self) -> bool:
+        """Whether it is one of NVFP4's: E2M1 codes and scales of two levels."""
+        return self.name in (NVFP4, MODELOPT)
+
     def memory(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a matrix in memory, its float32 scales included."""
+        """Bytes of a matrix in memory with its scales: float32, in NVFP4 a byte a group and float32 a row."""
         rows, width = math.prod(shape[:-1]), shape[-1]
-        return rows * (width * self.bits // 8 + 4 * (width // self.group if self.group else 1))
+        scales = width // self.group if self.group else 1
+        return rows * (width * self.bits // 8 + (scales + 4 if self.nvfp4 else 4 * scales))
 
     def headers(self, shape: tuple[int, int]) -> dict[str, Header]:
         """The tensors that a matrix is written as, by part."""
@@ -149,7 +155,7 @@ def _nvfp4(parts: Mapping[str, Header], name: str, rows: int, width: int) -> Lay
     kind, shape = parts[second]
     if kind != "F32" or math.prod(shape) != 1:
         raise CheckpointError(f"{second} is {kind} {list(shape)}; needs one number of type F32")
-    return Layout(name=name, stored_bits=4, bits=8, group=NVFP4_GROUP)
+    return Layout(name=name, stored_bits=4, bits=4, group=NVFP4_GROUP)
 
 
 def _group(scale: Header, rows: int, width: int) -> int | None:

@@ -41,12 +41,11 @@ def quantize(weight: Tensor, *, bits: int, group: int | None, search: bool = Tru
     if bits == 4 and width % 2:
         raise ConfigError(f"a width of {width} is odd; 4-bit values are stored in pairs")
     rows = weight.reshape(-1, width)
-    target = Quantized.empty(
-        tuple(rows.shape),
+    target = Quantized(
         bits=bits,
         group=group,
-        dtype=torch.uint8 if bits == 4 else torch.int8,
-        device=weight.device,
+        data=weight.new_empty(len(rows), width * bits // 8, dtype=torch.uint8 if bits == 4 else torch.int8),
+        scales=weight.new_empty(len(rows), width // group if group else 1, dtype=torch.float32),
     )
     step = max(1, _TILE // max(1, width))
     for first in range(0, len(rows), step):

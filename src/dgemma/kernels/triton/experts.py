@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...quant import Quantized
 from . import tiles as sizes
-from .common import fp8_scale, gelu, narrow, operand, power, products, spread
+from .common import fp8_scale, gelu, narrow, operand, power, products, row_words, spread
 from .linear import Ready, ready, room
 from .tiles import Tile
 
@@ -37,7 +37,7 @@ def _find(offsets, block, count, PADDED: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x, xs, w, ws, order, offsets, out, out_scales, count, k, N, K,
+    x, xs, w, ws, wf, order, offsets, out, out_scales, count, k, N, K,
     FORM: tl.constexpr, GROUP: tl.constexpr, SPREAD: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -53,10 +53,9 @@ def _gate_up_kernel(
         columns = tile * BN + lanes // 2
         lines = columns + lanes % 2 * N
         groups = K // GROUP if GROUP else 1
-        pitch = K // GROUP * (GROUP // 4) if FORM == "int4" else K
-        mine = expert.to(tl.int64) * 2 * N
+        pitch, mine = row_words(K, FORM, GROUP), expert.to(tl.int64) * 2 * N
         acc = products(
-            x, xs, rows, seen, w + mine * pitch, ws + mine * groups, lines, columns < N, K,
+            x, xs, rows, seen, w + mine * pitch, ws + mine * groups, wf + mine, lines, columns < N, K,
             FORM, GROUP, 0, BM, 2 * BN, BK,
         )  # fmt: skip
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BM)), (0, 2, 1)))
@@ -75,7 +74,7 @@ def _gate_up_kernel(
 
 @triton.jit
 def _down_kernel(
-    x, xs, w, ws, order, offsets, out, count, N, K,
+    x, xs, w, ws, wf, order, offsets, out, count, N, K,
     FORM: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -87,10 +86,9 @@ def _down_kernel(
         assigned = tl.load(order + places, mask=seen, other=0).to(tl.int64)
         lines = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
         groups = K // GROUP if GROUP else 1
-        pitch = K // GROUP * (GROUP // 4) if FORM == "int4" else K
-        mine = expert.to(tl.int64) * N
+        pitch, mine = row_words(K, FORM, GROUP), expert.to(tl.int64) * N
         acc = products(
-            x, xs, places, seen, w + mine * pitch, ws + mine * groups, lines, lines < N, K,
+            x, xs, places, seen, w + mine * pitch, ws + mine * groups, wf + mine, lines, lines < N, K,
             FORM, GROUP, SPAN, BM, BN, BK,
         )  # fmt: skip
         there = out + assigned[None, :] * N + lines[:, None]
@@ -153,12 +151,12 @@ def expert_outputs(
     between = room(tokens * k, out, second)
     scales = torch.empty(tokens * k, parts, device=device) if first.form == "fp8" else between.values
     _gate_up_kernel[(blocks(tokens, k, count, one.rows) * parts,)](
-        *own, first.data, first.scales, order, offsets, between.values, scales, count, k, width, hidden,
+        *own, first.data, first.scales, first.factors, order, offsets, between.values, scales, count, k, width, hidden,
         FORM=first.form, GROUP=first.group, SPREAD=second.span, PADDED=padded,
         BM=one.rows, BN=one.columns, BK=one.inner, num_warps=one.warps, num_stages=one.stages,
     )  # fmt: skip
     _down_kernel[(blocks(tokens, k, count, two.rows) * triton.cdiv(hidden, two.columns),)](
-        between.values, scales, second.data, second.scales, order, offsets, out, count, hidden, width,
+        between.values, scales, second.data, second.scales, second.factors, order, offsets, out, count, hidden, width,
         FORM=second.form, GROUP=second.group, SPAN=one.columns if first.form == "fp8" else 0, PADDED=padded,
         BM=two.rows, BN=two.columns, BK=two.inner, num_warps=two.warps, num_stages=two.stages,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...quant import Quantized
 from . import tiles
-from .common import Operand, narrow, nibbles, operand, power, products, put
+from .common import LESS, Operand, narrow, operand, power, products, put, times, unpacked
 from .tiles import Tile
 
 
@@ -32,31 +32,28 @@ def _ready_kernel(x, out, scales, K, FORM: tl.constexpr, SPAN: tl.constexpr, WID
 
 @triton.jit
 def _linear_kernel(
-    x, xs, w, ws, out, T, N, K,
+    x, xs, w, ws, wf, out, T, N, K,
     FORM: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs take the same weights and other tokens, so that weights come from memory once.
     tall = tl.cdiv(T, BM)
     rows = tl.program_id(0) % tall * BM + tl.arange(0, BM)
     lines = tl.program_id(0) // tall * BN + tl.arange(0, BN)
-    acc = products(x, xs, rows, rows < T, w, ws, lines, lines < N, K, FORM, GROUP, 0, BM, BN, BK)
+    acc = products(x, xs, rows, rows < T, w, ws, wf, lines, lines < N, K, FORM, GROUP, 0, BM, BN, BK)
     places = out + rows.to(tl.int64)[None, :] * N + lines[:, None]
     tl.store(places, narrow(acc, out.dtype.element_ty), mask=(rows < T)[None, :] & (lines < N)[:, None])
 
 
 @triton.jit
-def _widen_kernel(w, ws, out, N, K, FORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _widen_kernel(w, ws, wf, out, N, K, FORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     lines = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
     held, first = lines < N, tl.program_id(0) * BK
-    if FORM == "int4":
-        pitch = K // GROUP * (GROUP // 4)
-        quarter = tl.arange(0, BK // 4)[None, :]
-        words = tl.load(w + lines * pitch + first // 4 + quarter, mask=held & (first // 4 + quarter < pitch), other=0)
-        groups = first // GROUP + tl.arange(0, BK // GROUP)[None, :]
-        scale = tl.load(ws + lines * (K // GROUP) + groups, mask=held & (groups < K // GROUP), other=0.0)
-        scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
-        one, two, three, four = nibbles(words, tl.reshape(scale, (BN, BK // 4)), out.dtype.element_ty)
-        there = out + lines * (tl.cdiv(K, BK) * BK) + first + quarter
+    if FORM == "int4" or FORM == "nvfp4":
+        one, two, three, four = unpacked(w, ws, lines, held, first, K, FORM, GROUP, BN, BK, out.dtype.element_ty)
+        if FORM == "nvfp4":
+            factor = tl.load(wf + lines, mask=held, other=0.0) * LESS
+            one, two, three, four = times(one, factor), times(two, factor), times(three, factor), times(four, factor)
+        there = out + lines * (tl.cdiv(K, BK) * BK) + first + tl.arange(0, BK // 4)[None, :]
         tl.store(there, one, mask=held)
         tl.store(there + BK // 4, two, mask=held)
         tl.store(there + BK // 2, three, mask=held)
@@ -76,8 +73,9 @@ def widened(weight: Operand, dtype: torch.dtype) -> Tensor:
     width = triton.cdiv(inputs, span) * span if weight.span else inputs
     out = torch.empty(outputs, width, dtype=dtype, device=weight.data.device)
     _widen_kernel[(triton.cdiv(inputs, span), triton.cdiv(outputs, 64))](
-        weight.data, weight.scales, out, outputs, inputs, FORM=weight.form, GROUP=weight.group, BN=64, BK=span
-    )
+        weight.data, weight.scales, weight.factors, out, outputs, inputs,
+        FORM=weight.form, GROUP=weight.group, BN=64, BK=span,
+    )  # fmt: skip
     return out
 
 
@@ -95,7 +93,7 @@ def room(rows: int, like: Tensor, weight: Operand) -> Ready:
 def ready(x: Tensor, weight: Operand) -> Ready:
     """x [T, I] as the product with a weight wants it."""
     x = x.contiguous()
-    if weight.form not in ("fp8", "int4"):
+    if weight.form != "fp8" and not weight.span:
         return Ready(x, x)
     out, width = room(len(x), x, weight), power(x.shape[1])
     if len(x):
@@ -113,7 +111,7 @@ def product(own: Ready, weight: Operand, dtype: torch.dtype, tile: Tile | None =
     tile = tile or tiles.product(rows, weight, outputs)
     if rows:
         _linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),)](
-            *own, weight.data, weight.scales, out, rows, outputs, inputs,
+            *own, weight.data, weight.scales, weight.factors, out, rows, outputs, inputs,
             FORM=weight.form, GROUP=weight.group, BM=tile.rows, BN=tile.columns, BK=tile.inner,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

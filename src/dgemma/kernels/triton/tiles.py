@@ -38,7 +38,8 @@ def span(group: int, inputs: int, many: bool) -> int:
     return max(group, 64 if inputs < 256 else 256 if many else 128)
 
 
-# Of an expert's products with up to 24 rows, and with more: gate and up, and down. "float" is bfloat16.
+# Of an expert's products with up to 24 rows, and with more: gate and up, and down. "float" is bfloat16, and "int4" all
+# that is in 4 bits.
 FEW = {
     "fp8": (Tile(rows=32, columns=64, inner=256, warps=8, stages=4), Tile(rows=32, columns=64, inner=64, stages=4)),
     "int4": (Tile(rows=32, columns=32, inner=256), Tile(rows=32, columns=64, inner=256, stages=2)),
@@ -55,7 +56,7 @@ MANY = {
 
 def experts(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
     """For the two products of an expert that usually has so many rows."""
-    pair = (FEW if rows <= 24 else MANY).get(gate_up.form)
+    pair = (FEW if rows <= 24 else MANY).get("int4" if gate_up.span else gate_up.form)
     if pair is None or down.form != gate_up.form:
         return product(rows, gate_up, 0), product(rows, down, down.shape[-2])
     tall = 16 if rows <= 8 else pair[0].rows
@@ -67,7 +68,7 @@ def experts(rows: int, gate_up: Operand, down: Operand) -> tuple[Tile, Tile]:
 
 def product(rows: int, weight: Operand, columns: int) -> Tile:
     """For one product with few or many rows: weights are read once where a tile holds all rows."""
-    if weight.form == "int4" and len(weight.shape) == 2 and rows > 96:
+    if weight.span and len(weight.shape) == 2 and rows > 96:
         return Tile(rows=128 if columns >= 8192 else 64, columns=128, inner=weight.span, warps=8)
     if weight.form == "fp8" and len(weight.shape) == 2 and rows > 96:
         return Tile(rows=64, columns=64, inner=128, stages=4)
