@@ -122,7 +122,7 @@ const Kernels& chosen() {
 
 }  // namespace dgemma
 
-DGEMMA_API int32_t dgemma_abi(void) { return 2; }
+DGEMMA_API int32_t dgemma_abi(void) { return 3; }
 
 DGEMMA_API const char* dgemma_compiled(void) {
     static char names[128];

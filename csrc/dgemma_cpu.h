@@ -13,14 +13,16 @@
 // chunk, quads of 4 inputs; in a quad, 16 outputs x 4 neighbouring inputs, a byte each as value + 128 (8 bits), or as
 // value + 8 in a nibble (4 bits): quad p in the low nibbles and quad p + 4 in the high ones of 64 bytes, p = 0..3.
 // Scales: [tiles, groups, 16]. Outputs are filled up to 16 and inputs to 32 with zeros.
+// NVFP4: 4 bits that are E2M1 codes of half the value, E4M3 scales for groups of 16, and factors [tiles, 16].
 struct DgemmaMatrix {
     int32_t bits;      // 4 or 8
     int32_t count;     // E; 1 for one matrix
     int64_t outputs;   // O
     int64_t inputs;    // I
-    int64_t group;     // inputs that share a scale, a multiple of 32; 0: all of a row
+    int64_t group;     // inputs that share a scale, a multiple of 32 (NVFP4: 16); 0: all of a row
     const uint8_t* data;
-    const float* scales;
+    const void* scales;    // float32; NVFP4: a byte each
+    const float* factors;  // NVFP4: by which a row's scales are multiplied; null: whole numbers
 };
 
 // What a request wants of its scores, in the order in which it is applied.
@@ -53,9 +55,10 @@ DGEMMA_API int32_t dgemma_use(const char* isa);  // 1: chosen; 0: cannot run her
 // Gives the OpenMP runtime's `GOMP_parallel`, so that work runs on the threads that torch keeps warm; null: own threads.
 DGEMMA_API void dgemma_team(void* gomp_parallel);
 
-// values: bits 4: uint8 [E, O, I/2]; bits 8: int8 [E, O, I]; scales [E, O, groups] -> the layout above.
-DGEMMA_API void dgemma_pack(const DgemmaMatrix* shape, const uint8_t* values, const float* scales, uint8_t* data,
-                            float* packed_scales, int32_t threads);
+// values: bits 4: uint8 [E, O, I/2]; bits 8: int8 [E, O, I]; scales [E, O, groups] -> the layout above. Factors are laid
+// out by the caller; here they only say that it is NVFP4.
+DGEMMA_API void dgemma_pack(const DgemmaMatrix* shape, const uint8_t* values, const void* scales, uint8_t* data,
+                            void* packed_scales, int32_t threads);
 
 // x [T, I] float32, or bfloat16 if `half` -> out [T, O] in the same dtype.
 DGEMMA_API void dgemma_linear(const void* x, int32_t half, int64_t rows, const DgemmaMatrix* weight, void* out,

@@ -53,7 +53,7 @@ void multiply_rows(const Kernels& kernels, const Shape& shape, const DgemmaMatri
     uint8_t* data = scratch<uint8_t>(Use::kUnit, split.count * stride);
     for (int64_t p = 0; p < split.count; p++) {
         const int64_t first = split.first(p);
-        fill_panel(data + p * stride, split.size(p), shape, kernels.offset[shape.kind()], values, scales,
+        fill_panel(data + p * stride, split.size(p), shape, kernels.offset[shape.kind], values, scales,
                    [&](int r) { return row(first + r); });
     }
     for (int64_t tile = 0; tile < shape.tiles; tile++) {

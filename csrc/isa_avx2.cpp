@@ -25,8 +25,18 @@ struct Isa : Wide256 {
     }
 
     template <int Rows>
+    static inline void widen(Ints (&sums)[Rows], const __m256i (&a)[Rows], const __m256i (&b)[Rows]) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        DGEMMA_UNROLL
+        for (int r = 0; r < Rows; r++) {
+            sums[r].a = _mm256_add_epi32(sums[r].a, _mm256_madd_epi16(a[r], ones));
+            sums[r].b = _mm256_add_epi32(sums[r].b, _mm256_madd_epi16(b[r], ones));
+        }
+    }
+
+    template <int Rows>
     static inline void chunk4(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
-        const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+        const __m256i mask = _mm256_set1_epi8(15);
         __m256i a[Rows], b[Rows];
         DGEMMA_UNROLL
         for (int r = 0; r < Rows; r++) a[r] = b[r] = _mm256_setzero_si256();
@@ -35,11 +45,20 @@ struct Isa : Wide256 {
             quad<Rows>(a, b, low(wa, mask), low(wb, mask), values + kQuad * Rows * p);
             quad<Rows>(a, b, high(wa, mask), high(wb, mask), values + kQuad * Rows * (p + 4));
         }
+        widen<Rows>(sums, a, b);
+    }
+
+    // Numbers 0..24: a pair is at most 6,096, and the 4 pairs of half a chunk 24,384.
+    template <int Rows, bool kHigh>
+    static inline void half(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
+        __m256i a[Rows], b[Rows];
         DGEMMA_UNROLL
-        for (int r = 0; r < Rows; r++) {
-            sums[r].a = _mm256_add_epi32(sums[r].a, _mm256_madd_epi16(a[r], ones));
-            sums[r].b = _mm256_add_epi32(sums[r].b, _mm256_madd_epi16(b[r], ones));
+        for (int r = 0; r < Rows; r++) a[r] = b[r] = _mm256_setzero_si256();
+        for (int p = 0; p < 4; p++) {
+            const uint8_t* own = weights + 64 * p;
+            quad<Rows>(a, b, e2m1<kHigh>(own), e2m1<kHigh>(own + 32), values + kQuad * Rows * p);
         }
+        widen<Rows>(sums, a, b);
     }
 
     // Signs go from the weights (-128..127) to the activations (-127..127, so that turning them cannot overflow):

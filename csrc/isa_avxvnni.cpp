@@ -32,6 +32,14 @@ struct Isa : Wide256 {
         }
     }
 
+    template <int Rows, bool kHigh>
+    static inline void half(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
+        for (int p = 0; p < 4; p++) {
+            const uint8_t* own = weights + 64 * p;
+            quad<Rows>(sums, e2m1<kHigh>(own), e2m1<kHigh>(own + 32), values + kQuad * Rows * p);
+        }
+    }
+
     template <int Rows>
     static inline void chunk8(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
         for (int p = 0; p < 8; p++) {

@@ -32,6 +32,16 @@ struct Isa {
     static void store(float* to, Floats value) {
         for (int i = 0; i < 4; i++) vst1q_f32(to + 4 * i, value.part[i]);
     }
+    static Floats e4m3(const uint8_t* from) {
+        Floats out;
+        for (int i = 0; i < 4; i++) {
+            int32_t own[4];
+            for (int k = 0; k < 4; k++) own[k] = static_cast<int8_t>(from[4 * i + k]);
+            const uint32x4_t bits = vreinterpretq_u32_s32(vshlq_n_s32(vld1q_s32(own), 20));
+            out.part[i] = vmulq_n_f32(vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(kE4m3Bits))), kE4m3Factor);
+        }
+        return out;
+    }
     static Floats floats(Ints value) {
         Floats out;
         for (int i = 0; i < 4; i++) out.part[i] = vcvtq_f32_s32(value.part[i]);
@@ -71,6 +81,20 @@ struct Isa {
             }
             quad<Rows>(sums, low, values + kQuad * Rows * p);
             quad<Rows>(sums, high, values + kQuad * Rows * (p + 4));
+        }
+    }
+
+    template <int Rows, bool kHigh>
+    static inline void half(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
+        const uint8x16_t mask = vdupq_n_u8(15), table = vld1q_u8(kE2m1);
+        for (int p = 0; p < 4; p++) {
+            int8x16_t own[4];
+            DGEMMA_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const uint8x16_t pair = vld1q_u8(weights + 64 * p + 16 * i);
+                own[i] = vreinterpretq_s8_u8(vqtbl1q_u8(table, kHigh ? vshrq_n_u8(pair, 4) : vandq_u8(pair, mask)));
+            }
+            quad<Rows>(sums, own, values + kQuad * Rows * p);
         }
     }
 

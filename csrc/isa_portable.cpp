@@ -33,6 +33,15 @@ struct Isa {
         return out;
     }
     static void store(float* to, const Floats& value) { memcpy(to, value.lane, sizeof(value.lane)); }
+    static Floats e4m3(const uint8_t* from) {
+        Floats out;
+        for (int i = 0; i < kLanes; i++) {
+            const uint32_t own = from[i], bits = (own << 24 & 0x80000000u) | (own << 20 & 0x07F00000u);
+            memcpy(out.lane + i, &bits, 4);
+            out.lane[i] *= kE4m3Factor;
+        }
+        return out;
+    }
     static Floats floats(const Ints& value) {
         Floats out;
         for (int i = 0; i < kLanes; i++) out.lane[i] = static_cast<float>(value.lane[i]);
@@ -70,6 +79,15 @@ struct Isa {
             }
             quad<Rows>(sums, low, values + kQuad * Rows * p);
             quad<Rows>(sums, high, values + kQuad * Rows * (p + 4));
+        }
+    }
+
+    template <int Rows, bool kHigh>
+    static inline void half(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
+        uint8_t own[64];
+        for (int p = 0; p < 4; p++) {
+            for (int i = 0; i < 64; i++) own[i] = kE2m1[kHigh ? weights[64 * p + i] >> 4 : weights[64 * p + i] & 15];
+            quad<Rows>(sums, own, values + kQuad * Rows * p);
         }
     }
 

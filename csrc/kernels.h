@@ -19,6 +19,16 @@ constexpr int kQuad = 4;     // inputs whose products an integer dot product add
 constexpr int kBlock = 64;   // words whose weights are summed before the block that holds a sample is searched
 constexpr int kMostRows = 16;
 
+enum Kind { kInt4, kInt8, kNvfp4, kKinds };
+constexpr int kNvfp4Group = 16;  // half a chunk: its quads in the low nibbles, or those in the high ones
+constexpr int kE2m1Offset = 12;
+// Of each E2M1 code: twice its number, and the offset.
+alignas(16) constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+// An E4M3 byte's sign at the top, the rest in the last bits of a float's exponent and the first of its mantissa: that is
+// the scale times 2^-120.
+constexpr uint32_t kE4m3Bits = 0x87F00000u;
+constexpr float kE4m3Factor = 1329227995784915872903807060280344576.0f;  // 2^120
+
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // Up to 16 rows of int8 activations, quad by quad: data [inputs/4][rows][4]. A sum starts from `starts`
@@ -30,15 +40,15 @@ struct Panel {
     const float* scales;   // [rows]; for `blend` [groups][rows]
 };
 
-// Products of one tile: `chunks` chunks in groups of `chunks_a_group` -> out [rows][16].
-using Product = void (*)(const uint8_t* weights, const float* scales, int64_t groups, int64_t chunks_a_group,
-                         const Panel& panel, float* out);
+// Products of one tile: groups of `chunks_a_group` chunks (NVFP4: of half a chunk) -> out [rows][16].
+using Product = void (*)(const uint8_t* weights, const void* scales, const float* factors, int64_t groups,
+                         int64_t chunks_a_group, const Panel& panel, float* out);
 
 struct Kernels {
     const char* name;
     int rows;        // the most rows of a panel
-    int offset[2];   // what the path's products add to each weight, 4 bits and 8 bits
-    Product product[2];
+    int offset[kKinds];  // what the path's products add to each weight
+    Product product[kKinds];
     Product blend;   // 8 bits, a scale for each row and group in place of one for each output and group
 
     // A row of n numbers -> n_padded int8 values and their scale, which is NaN if a number is not finite.

@@ -60,7 +60,7 @@ void pack_chunk4(const uint8_t* from, uint8_t* out) {
     }
 }
 
-// One tile's values, from rows of `bits` bits; what a last chunk or tile lacks is zero.
+// One tile's values, from rows of `bits` bits; what a last chunk or tile lacks is zero (in E2M1, minus zero).
 void pack_tile(const Shape& shape, const uint8_t* values, int64_t tile, uint8_t* out) {
     const bool four = shape.bits == 4;
     const int64_t width = shape.inputs * shape.bits / 8, chunk = kChunk * shape.bits / 8;
@@ -81,19 +81,25 @@ void pack_tile(const Shape& shape, const uint8_t* values, int64_t tile, uint8_t*
     }
 }
 
-void pack(const DgemmaMatrix& matrix, const uint8_t* values, const float* scales, uint8_t* data, float* packed,
+void pack(const DgemmaMatrix& matrix, const uint8_t* values, const uint8_t* scales, uint8_t* data, uint8_t* packed,
           int threads) {
     const Shape shape(matrix);
+    const int64_t size = shape.scale_bytes;
     share(matrix.count * shape.tiles, threads, [&](int64_t unit) {
         const int64_t index = unit / shape.tiles, tile = unit % shape.tiles;
         const int64_t row_bytes = shape.inputs * shape.bits / 8;
         pack_tile(shape, values + index * shape.outputs * row_bytes, tile, data + unit * shape.tile_bytes);
-        const float* from = scales + index * shape.outputs * shape.groups;
-        float* to = packed + unit * shape.tile_scales;
+        const uint8_t* from = scales + index * shape.outputs * shape.groups * size;
+        uint8_t* to = packed + unit * shape.groups * kLanes * size;
         for (int64_t lane = 0; lane < kLanes; lane++) {
             const int64_t row = tile * kLanes + lane;
             for (int64_t group = 0; group < shape.groups; group++) {
-                to[group * kLanes + lane] = row < shape.outputs ? from[row * shape.groups + group] : 0.0f;
+                uint8_t* place = to + (group * kLanes + lane) * size;
+                if (row < shape.outputs) {
+                    memcpy(place, from + (row * shape.groups + group) * size, static_cast<size_t>(size));
+                } else {
+                    memset(place, 0, static_cast<size_t>(size));
+                }
             }
         }
     });
@@ -107,7 +113,8 @@ DGEMMA_API void dgemma_linear(const void* x, int32_t half, int64_t rows, const D
     if (rows) dgemma::linear({x, half != 0, weight->inputs}, rows, *weight, out, threads);
 }
 
-DGEMMA_API void dgemma_pack(const DgemmaMatrix* shape, const uint8_t* values, const float* scales, uint8_t* data,
-                            float* packed_scales, int32_t threads) {
-    dgemma::pack(*shape, values, scales, data, packed_scales, threads);
+DGEMMA_API void dgemma_pack(const DgemmaMatrix* shape, const uint8_t* values, const void* scales, uint8_t* data,
+                            void* packed_scales, int32_t threads) {
+    dgemma::pack(*shape, values, static_cast<const uint8_t*>(scales), data, static_cast<uint8_t*>(packed_scales),
+                 threads);
 }

@@ -41,7 +41,7 @@ Panels::Panels(const Kernels& kernels, const Rows& x, int64_t rows, const Shape&
             const float* row = x.read(split.first(panel) + r, numbers);
             scales[r] = kernels.quantise(row, shape.inputs, shape.padded, values + r * shape.padded);
         }
-        fill_panel(data + panel * stride, size, shape, kernels.offset[shape.kind()], values, scales,
+        fill_panel(data + panel * stride, size, shape, kernels.offset[shape.kind], values, scales,
                    [](int r) { return static_cast<int64_t>(r); });
     });
 }

@@ -11,32 +11,32 @@ namespace dgemma {
 
 // Sizes of a packed matrix.
 struct Shape {
+    Kind kind;
     int bits;
-    int64_t outputs, inputs, tiles, padded, groups, chunks;  // chunks: of a group
-    int64_t tile_bytes, tile_scales;
+    int64_t outputs, inputs, tiles, padded, span, groups;  // span: inputs of a group
+    int64_t tile_bytes, scale_bytes;                       // scale_bytes: of one
 
     explicit Shape(const DgemmaMatrix& matrix)
-        : bits(matrix.bits),
+        : kind(matrix.factors ? kNvfp4 : matrix.bits == 4 ? kInt4 : kInt8),
+          bits(matrix.bits),
           outputs(matrix.outputs),
           inputs(matrix.inputs),
           tiles((matrix.outputs + kLanes - 1) / kLanes),
           padded(round_up(matrix.inputs, kChunk)),
-          groups(matrix.group ? (matrix.inputs + matrix.group - 1) / matrix.group : 1),
-          chunks((matrix.group ? matrix.group : padded) / kChunk),
+          span(matrix.group ? matrix.group : padded),
+          groups((matrix.inputs + span - 1) / span),
           tile_bytes(padded * kLanes * matrix.bits / 8),
-          tile_scales(groups * kLanes) {}
-
-    int64_t bytes() const { return tiles * tile_bytes; }
-    int64_t scales() const { return tiles * tile_scales; }
-    int kind() const { return bits == 4 ? 0 : 1; }
+          scale_bytes(matrix.factors ? 1 : sizeof(float)) {}
 };
 
 // One tile's products with a panel -> out [rows][16].
 inline void multiply(const Kernels& kernels, const Shape& shape, const DgemmaMatrix& matrix, int64_t index,
                      int64_t tile, const Panel& panel, float* out) {
     const int64_t at = index * shape.tiles + tile;
-    kernels.product[shape.kind()](matrix.data + at * shape.tile_bytes, matrix.scales + at * shape.tile_scales,
-                                  shape.groups, shape.chunks, panel, out);
+    const auto* scales = static_cast<const uint8_t*>(matrix.scales) + at * shape.groups * kLanes * shape.scale_bytes;
+    const float* factors = matrix.factors ? matrix.factors + at * kLanes : nullptr;
+    kernels.product[shape.kind](matrix.data + at * shape.tile_bytes, scales, factors, shape.groups, shape.span / kChunk,
+                                panel, out);
 }
 
 // Rows of numbers, float32 or bfloat16, as they come from and go to torch.
@@ -76,7 +76,6 @@ Panel fill_panel(uint8_t* room, int rows, const Shape& shape, int offset, const 
     auto* data = reinterpret_cast<int8_t*>(room);
     auto* starts = reinterpret_cast<int32_t*>(room + rows * shape.padded);
     auto* own = reinterpret_cast<float*>(starts + rows * shape.groups);
-    const int64_t span = shape.chunks * kChunk;
     for (int r = 0; r < rows; r++) {
         const int64_t index = row(r);
         const int8_t* from = values + index * shape.padded;
@@ -85,7 +84,7 @@ Panel fill_panel(uint8_t* room, int rows, const Shape& shape, int offset, const 
         }
         for (int64_t group = 0; group < shape.groups; group++) {
             int32_t sum = 0;
-            for (int64_t i = 0; i < span; i++) sum += from[group * span + i];
+            for (int64_t i = 0; i < shape.span; i++) sum += from[group * shape.span + i];
             starts[group * rows + r] = -offset * sum;
         }
         own[r] = scales[index];

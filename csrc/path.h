@@ -8,9 +8,20 @@ namespace dgemma {
 namespace {
 
 constexpr Kernels kTable = {
-    Isa::kName, Isa::kRows, {Isa::kOffset4, Isa::kOffset8}, {product<4>, product<8>}, product<8, true>,
-    quantise,   gate,       norm,                           add_scaled,               temper,
-    peaks,      weigh,      quantise_weights,               turn,
+    Isa::kName,
+    Isa::kRows,
+    {Isa::kOffset4, Isa::kOffset8, kE2m1Offset},
+    {product<kInt4>, product<kInt8>, product<kNvfp4>},
+    product<kInt8, true>,
+    quantise,
+    gate,
+    norm,
+    add_scaled,
+    temper,
+    peaks,
+    weigh,
+    quantise_weights,
+    turn,
 };
 
 }  // namespace

@@ -10,9 +10,10 @@ namespace {
 
 // Sums of integers are exact; the float steps are one product and one sum a group, in the order of the groups, never
 // fused: so every instruction set gives the same bits, and so does the reference.
-template <int Bits, int Rows, bool ByRow>
-void product_of(const uint8_t* weights, const float* scales, int64_t groups, int64_t chunks, const Panel& panel,
-                float* out) {
+template <Kind kKind, int Rows, bool ByRow>
+void product_of(const uint8_t* weights, const void* scales, const float* factors, int64_t groups, int64_t chunks,
+                const Panel& panel, float* out) {
+    constexpr int kChunkBytes = kLanes * kChunk / (kKind == kInt8 ? 1 : 2);
     // Float sums live in memory: the registers are for the integers.
     DGEMMA_UNROLL
     for (int r = 0; r < Rows; r++) Isa::store(out + r * kLanes, Isa::all(0.0f));
@@ -22,18 +23,29 @@ void product_of(const uint8_t* weights, const float* scales, int64_t groups, int
         typename Isa::Ints ints[Rows];
         DGEMMA_UNROLL
         for (int r = 0; r < Rows; r++) ints[r] = Isa::all(starts[r]);
-        int64_t left = chunks;  // at least one: a loop that may be empty costs registers
-        do {
-            if constexpr (Bits == 4) {
-                Isa::template chunk4<Rows>(ints, weights, values);
-            } else {
-                Isa::template chunk8<Rows>(ints, weights, values);
-            }
-            weights += Bits * kLanes * kChunk / 8;
-            values += Rows * kChunk;
-        } while (--left > 0);
         typename Isa::Floats scale;
-        if constexpr (!ByRow) scale = Isa::load(scales + g * kLanes);
+        if constexpr (kKind == kNvfp4) {
+            if (g % 2 == 0) {
+                Isa::template half<Rows, false>(ints, weights, values);
+            } else {
+                Isa::template half<Rows, true>(ints, weights, values);
+                weights += kChunkBytes;
+            }
+            values += Rows * kNvfp4Group;
+            scale = Isa::e4m3(static_cast<const uint8_t*>(scales) + g * kLanes);
+        } else {
+            int64_t left = chunks;  // at least one: a loop that may be empty costs registers
+            do {
+                if constexpr (kKind == kInt4) {
+                    Isa::template chunk4<Rows>(ints, weights, values);
+                } else {
+                    Isa::template chunk8<Rows>(ints, weights, values);
+                }
+                weights += kChunkBytes;
+                values += Rows * kChunk;
+            } while (--left > 0);
+            if constexpr (!ByRow) scale = Isa::load(static_cast<const float*>(scales) + g * kLanes);
+        }
         DGEMMA_UNROLL
         for (int r = 0; r < Rows; r++) {
             if constexpr (ByRow) scale = Isa::all(panel.scales[g * Rows + r]);
@@ -45,27 +57,29 @@ void product_of(const uint8_t* weights, const float* scales, int64_t groups, int
     if constexpr (!ByRow) {
         DGEMMA_UNROLL
         for (int r = 0; r < Rows; r++) {
-            Isa::store(out + r * kLanes, Isa::mul(Isa::load(out + r * kLanes), Isa::all(panel.scales[r])));
+            typename Isa::Floats sum = Isa::load(out + r * kLanes);
+            if constexpr (kKind == kNvfp4) sum = Isa::mul(sum, Isa::load(factors));
+            Isa::store(out + r * kLanes, Isa::mul(sum, Isa::all(panel.scales[r])));
         }
     }
 }
 
-template <int Bits, bool ByRow, int Rows>
-void dispatch(const uint8_t* weights, const float* scales, int64_t groups, int64_t chunks, const Panel& panel,
-              float* out) {
+template <Kind kKind, bool ByRow, int Rows>
+void dispatch(const uint8_t* weights, const void* scales, const float* factors, int64_t groups, int64_t chunks,
+              const Panel& panel, float* out) {
     if constexpr (Rows > 0) {
         if (panel.rows == Rows) {
-            product_of<Bits, Rows, ByRow>(weights, scales, groups, chunks, panel, out);
+            product_of<kKind, Rows, ByRow>(weights, scales, factors, groups, chunks, panel, out);
         } else {
-            dispatch<Bits, ByRow, Rows - 1>(weights, scales, groups, chunks, panel, out);
+            dispatch<kKind, ByRow, Rows - 1>(weights, scales, factors, groups, chunks, panel, out);
         }
     }
 }
 
-template <int Bits, bool ByRow = false>
-void product(const uint8_t* weights, const float* scales, int64_t groups, int64_t chunks, const Panel& panel,
-             float* out) {
-    dispatch<Bits, ByRow, Isa::kRows>(weights, scales, groups, chunks, panel, out);
+template <Kind kKind, bool ByRow = false>
+void product(const uint8_t* weights, const void* scales, const float* factors, int64_t groups, int64_t chunks,
+             const Panel& panel, float* out) {
+    dispatch<kKind, ByRow, Isa::kRows>(weights, scales, factors, groups, chunks, panel, out);
 }
 
 }  // namespace

@@ -141,11 +141,9 @@ bool absorb(const Step& step, int64_t slice, int64_t tile, int64_t row, const St
 void blend(const Step& step, int64_t slice, int64_t first, int64_t count, const int64_t* taking, int64_t taken,
            float* weights) {
     const Kernels& kernels = step.kernels;
-    const int offset = kernels.offset[1];
+    const int offset = kernels.offset[kInt8];
     float factors[kTile] = {};  // the table's scales: one a word
-    for (int64_t i = 0; i < count; i++) {
-        factors[i] = step.table.scales[(first + i) / kLanes * kLanes + (first + i) % kLanes];
-    }
+    for (int64_t i = 0; i < count; i++) factors[i] = static_cast<const float*>(step.table.scales)[first + i];
     const Split split(taken, kernels.rows);
     const int64_t values_bytes = kernels.rows * kTile, stride = values_bytes + 8 * kernels.rows * kTileBlocks;
     uint8_t* room = scratch<uint8_t>(Use::kMore, split.count * stride);
@@ -184,7 +182,7 @@ void blend(const Step& step, int64_t slice, int64_t first, int64_t count, const 
             const int32_t* starts = reinterpret_cast<const int32_t*>(room + p * stride + values_bytes);
             const float* scales = reinterpret_cast<const float*>(starts + kernels.rows * kTileBlocks);
             const Panel panel = {split.size(p), reinterpret_cast<const int8_t*>(room + p * stride), starts, scales};
-            kernels.blend(turned, nullptr, kTileBlocks, kBlock / kChunk, panel, products);
+            kernels.blend(turned, nullptr, nullptr, kTileBlocks, kBlock / kChunk, panel, products);
             for (int r = 0; r < panel.rows; r++) {
                 const int64_t row = taking[split.first(p) + r];
                 float* to = step.blends + (slice * step.sizes.rows + row) * step.sizes.hidden + column * kLanes;

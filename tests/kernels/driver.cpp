@@ -39,26 +39,45 @@ bool near(double a, double b, double bound) { return fabs(a - b) <= bound * std:
 
 struct Weight {
     DgemmaMatrix matrix;
-    std::vector<uint8_t> values, data;
-    std::vector<float> scales, packed;
+    std::vector<uint8_t> values, data, small, packed_small;
+    std::vector<float> scales, packed, factors;
     std::vector<int> numbers;  // [E, O, I]
 
     Weight(int bit, int64_t count, int64_t outputs, int64_t inputs, int64_t group, float scale)
-        : matrix{bit, static_cast<int32_t>(count), outputs, inputs, group, nullptr, nullptr} {
+        : matrix{bit, static_cast<int32_t>(count), outputs, inputs, group, nullptr, nullptr, nullptr} {
         const int64_t groups = group ? inputs / group : 1, tiles = (outputs + 15) / 16;
         values.resize(count * outputs * inputs * bit / 8);
         for (uint8_t& value : values) value = static_cast<uint8_t>(bits());
         if (below(4) == 0) std::fill(values.begin(), values.end(), bit == 8 ? 0x80 : 0x00);  // -128, -8: the extremes
+        const bool nvfp4 = group == 16;
+        const int twice[] = {0, 1, 2, 3, 4, 6, 8, 12};
         for (int64_t i = 0; i < count * outputs * inputs; i++) {
-            numbers.push_back(bit == 8 ? static_cast<int8_t>(values[i]) : (values[i / 2] >> (i % 2 * 4) & 15) - 8);
+            const int code = values[bit == 8 ? i : i / 2] >> (bit == 8 ? 0 : i % 2 * 4) & 15;
+            const int size = code & 8 ? -twice[code & 7] : twice[code & 7];
+            numbers.push_back(bit == 8 ? static_cast<int8_t>(values[i]) : nvfp4 ? size : code - 8);
         }
         scales.resize(count * outputs * groups);
         for (float& value : scales) value = scale * unit();
         data.resize(count * tiles * ((inputs + 31) / 32 * 32) * 16 * bit / 8);
         packed.resize(count * tiles * groups * 16);
-        dgemma_pack(&matrix, values.data(), scales.data(), data.data(), packed.data(), 3);
+        if (nvfp4) {
+            // Scales of 2^-9 to 15 / 8, times a factor.
+            factors.assign(count * tiles * 16, 0.0f);
+            for (float& value : scales) {
+                small.push_back(static_cast<uint8_t>(1 + below(63)));
+                const int exponent = small.back() >> 3, part = small.back() & 7;
+                value = (exponent ? ldexpf(1 + part / 8.0f, exponent - 7) : ldexpf(part / 8.0f, -6)) * scale / 2;
+            }
+            for (int64_t row = 0; row < count * outputs; row++) {
+                factors[row / outputs * tiles * 16 + row % outputs] = scale / 2;
+            }
+            packed_small.resize(packed.size());
+            matrix.factors = factors.data();
+        }
+        dgemma_pack(&matrix, values.data(), nvfp4 ? static_cast<void*>(small.data()) : scales.data(), data.data(),
+                    nvfp4 ? static_cast<void*>(packed_small.data()) : packed.data(), 3);
         matrix.data = data.data();
-        matrix.scales = packed.data();
+        matrix.scales = nvfp4 ? static_cast<void*>(packed_small.data()) : packed.data();
     }
 
     double at(int64_t row, int64_t i) const {
@@ -98,13 +117,16 @@ struct Results {
 
 Weight any_weight(int64_t count, int64_t outputs, int64_t inputs) {
     const int bit = inputs % 2 == 0 && below(2) ? 4 : 8;
-    const int64_t group = inputs % 64 == 0 && below(2) ? 64 : inputs % 32 == 0 && below(2) ? 32 : 0;
+    const int64_t group = bit == 4 && inputs % 16 == 0 && below(3) == 0 ? 16
+                          : inputs % 64 == 0 && below(2)                ? 64
+                          : inputs % 32 == 0 && below(2)                ? 32
+                                                                        : 0;
     return Weight(bit, count, outputs, inputs, group, 0.02f);
 }
 
 int64_t any_width() {
-    const int64_t widths[] = {1, 2, 7, 32, 46, 64, 65, 96, 128, 192, 320, 704};
-    return widths[below(12)];
+    const int64_t widths[] = {1, 2, 7, 32, 46, 48, 64, 65, 96, 128, 192, 320, 704};
+    return widths[below(13)];
 }
 
 void linear(Results& results, int threads) {

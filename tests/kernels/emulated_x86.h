@@ -66,6 +66,27 @@ inline Floats mul(Floats x, Floats y) {
 inline Ints both(Ints x, Ints y) {
     return each<Ints>([&](int i) { return x.lane[i] & y.lane[i]; });
 }
+inline Ints widen8(__m128i x) {
+    int8_t parts[16];
+    memcpy(parts, &x, 16);
+    return each<Ints>([&](int i) { return static_cast<int32_t>(parts[i]); });
+}
+inline Ints left32(Ints x, int by) {
+    return each<Ints>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(x.lane[i]) << by); });
+}
+inline Floats as_floats(Ints x) { return load<Floats>(&x); }
+inline Ints four_times(__m128i x) {
+    Ints out;
+    for (int i = 0; i < 4; i++) memcpy(out.lane + 4 * i, &x, 16);
+    return out;
+}
+inline Ints shuffle(Ints table, Ints places) {
+    uint8_t from[64], at[64], out[64];
+    memcpy(from, &table, 64);
+    memcpy(at, &places, 64);
+    for (int i = 0; i < 64; i++) out[i] = at[i] & 0x80 ? 0 : from[i / 16 * 16 + (at[i] & 15)];
+    return load<Ints>(out);
+}
 inline Ints shift16(Ints x, int by) {
     uint16_t parts[32];
     memcpy(parts, &x, 64);
@@ -88,5 +109,10 @@ inline Ints shift16(Ints x, int by) {
 #define _mm512_mul_ps emulated::mul
 #define _mm512_and_si512 emulated::both
 #define _mm512_srli_epi16 emulated::shift16
+#define _mm512_cvtepi8_epi32 emulated::widen8
+#define _mm512_slli_epi32 emulated::left32
+#define _mm512_castsi512_ps emulated::as_floats
+#define _mm512_broadcast_i32x4 emulated::four_times
+#define _mm512_shuffle_epi8 emulated::shuffle
 #define _mm512_dpbusd_epi32 emulated::dot512
 #define _mm256_dpbusd_avx_epi32 emulated::dot256

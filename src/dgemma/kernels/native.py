@@ -23,7 +23,7 @@ from ..errors import ConfigError
 VARIABLE = "DGEMMA_CPU_ISA"
 REFERENCE = "reference"
 LIBRARY = "dgemma_cpu.dll" if sys.platform == "win32" else "libdgemma_cpu.so"
-ABI = 2
+ABI = 3
 
 
 class SlowKernels(UserWarning):
@@ -41,6 +41,7 @@ class Matrix(ctypes.Structure):
         ("group", c_int64),
         ("data", c_void_p),
         ("scales", c_void_p),
+        ("factors", c_void_p),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..quant import Quantized
 from . import native
@@ -23,11 +24,11 @@ class Packed:
     written to disk and mapped from there.
 
     Fields:
-        bits: 4 or 8.
-        group: inputs that share a scale, a multiple of 32; None: one scale a row.
+        bits, group: as in `Quantized`; groups are multiples of 32, or those of NVFP4.
         shape: (O, I) or (E, O, I).
         data: uint8, [E, tiles, bytes of a tile].
-        scales: float32 [E, tiles, groups, 16].
+        scales: float32, in NVFP4 float8_e4m3fn [E, tiles, groups, 16].
+        factors: NVFP4: float32 [E, tiles, 16]; otherwise None.
     """
 
     bits: int
@@ -35,11 +36,13 @@ class Packed:
     shape: tuple[int, ...]
     data: Tensor
     scales: Tensor
+    factors: Tensor | None
 
     def __post_init__(self) -> None:
         assert self.data.shape == self.sizes(self.shape, self.bits, self.group)[0]
         assert self.scales.shape == self.sizes(self.shape, self.bits, self.group)[1]
-        assert self.data.dtype == torch.uint8 and self.scales.dtype == torch.float32
+        assert self.data.dtype == torch.uint8
+        assert self.scales.dtype == (torch.float32 if self.factors is None else torch.float8_e4m3fn)
 
     @staticmethod
     def sizes(shape: tuple[int, ...], bits: int, group: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -56,14 +59,14 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Memory of values and scales."""
-        return self.data.nbytes + self.scales.nbytes
+        return self.data.nbytes + self.scales.nbytes + (0 if self.factors is None else self.factors.nbytes)
 
     @property
     def c(self) -> native.Matrix:
         """What the library is given; it holds addresses, so keep this object as long as it is used."""
         *count, outputs, inputs = self.shape
-        data, scales = native.address(self.data), native.address(self.scales)
-        return native.Matrix(self.bits, count[0] if count else 1, outputs, inputs, self.group or 0, data, scales)
+        own = (native.address(tensor) for tensor in (self.data, self.scales, self.factors))
+        return native.Matrix(self.bits, count[0] if count else 1, outputs, inputs, self.group or 0, *own)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a table [O, I] as numbers: ids [...] int64 -> float32 [..., I]."""
@@ -74,17 +77,21 @@ class Packed:
         else:
             both = self.data.view(tiles, -1, 4, LANES, 4)[flat // LANES, :, :, flat % LANES]
             quads = torch.cat([both & 15, both >> 4], dim=2)
-        values = quads.flatten(1)[:, : self.shape[1]].float() - (128 if self.bits == 8 else 8)
         scales = self.scales[0, flat // LANES, :, flat % LANES]
-        numbers = (values.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
-        return numbers.view(*ids.shape, self.shape[1])
+        factors = None if self.factors is None else self.factors.view(-1, 1)[flat]
+        return self.of(quads.flatten(1)[:, : self.shape[1]], scales, factors).dequantize().view(*ids.shape, -1)
+
+    def of(self, values: Tensor, scales: Tensor, factors: Tensor | None) -> Quantized:
+        """Rows of it, from stored values of a byte each."""
+        pairs = self.bits == 4
+        data = values[..., ::2] | (values[..., 1::2] << 4) if pairs else (values ^ 0x80).view(torch.int8)
+        return Quantized(bits=self.bits, group=self.group, data=data, scales=scales, factors=factors)
 
 
 def can_pack(weight: Quantized) -> bool:
-    """Whether the compiled kernels have a layout for it: whole numbers, groups of whole chunks."""
-    return (
-        not weight.floating and (weight.group is None or weight.group % CHUNK == 0) and weight.shape[-1] <= MOST_INPUTS
-    )
+    """Whether the compiled kernels have a layout for it: NVFP4; whole numbers in groups of whole chunks."""
+    whole = weight.group is None or weight.group % CHUNK == 0
+    return (weight.form == "nvfp4" or (whole and not weight.floating)) and weight.shape[-1] <= MOST_INPUTS
 
 
 def pack(weight: Quantized) -> Packed | Quantized:
@@ -97,18 +104,22 @@ def pack(weight: Quantized) -> Packed | Quantized:
     if library is None or not can_pack(weight):
         return weight
     data, scales = Packed.sizes(weight.shape, weight.bits, weight.group)
+    factors = weight.factors
+    if factors is not None:
+        factors = F.pad(factors[..., 0], (0, -weight.shape[-2] % LANES)).view(*data[:2], LANES).contiguous()
     packed = Packed(
         bits=weight.bits,
         group=weight.group,
         shape=weight.shape,
         data=torch.empty(data, dtype=torch.uint8),
-        scales=torch.empty(scales),
+        scales=torch.empty(scales, dtype=weight.scales.dtype),
+        factors=factors,
     )
-    values, factors = weight.data.contiguous(), weight.scales.contiguous()
+    values, own = weight.data.contiguous(), weight.scales.contiguous()
     library.dgemma_pack(
         ctypes.byref(packed.c),
         native.address(values),
-        native.address(factors),
+        native.address(own),
         native.address(packed.data),
         native.address(packed.scales),
         native.threads(),
@@ -127,11 +138,5 @@ def unpack(packed: Packed) -> Quantized:
         quads = packed.data.view(matrices, tiles, -1, LANES, 4)
     values = quads.transpose(2, 3).reshape(matrices, tiles * LANES, -1)[:, :outputs, :inputs]
     scales = packed.scales.transpose(2, 3).reshape(matrices, tiles * LANES, -1)[:, :outputs]
-    pairs = packed.bits == 4
-    values = values[..., ::2] | (values[..., 1::2] << 4) if pairs else (values ^ 0x80).view(torch.int8)
-    return Quantized(
-        bits=packed.bits,
-        group=packed.group,
-        data=values.reshape(*count, outputs, -1).contiguous(),
-        scales=scales.reshape(*count, outputs, -1).contiguous(),
-    )
+    factors = None if packed.factors is None else packed.factors.view(matrices, tiles * LANES, 1)[:, :outputs]
+    return packed.of(values, scales, factors).each(lambda own: own.reshape(*count, outputs, -1).contiguous())

@@ -34,7 +34,8 @@ def linear(x: Tensor, weight: Quantized) -> Tensor:
     """Products with activations that are rounded row by row: [T, I] and [O, I] -> [T, O] in x's dtype.
 
     Whole numbers are summed exactly within a group; then, in float32, times the group's scale, added up in the order
-    of the groups, times the row's scale. Floating-point weights are products of their own.
+    of the groups, times the output's factor where there are factors, times the row's scale. Floating-point weights are
+    products of their own.
     """
     if weight.floating:
         return F.linear(x.float(), weight.dequantize()).to(x.dtype)
@@ -48,7 +49,8 @@ def linear(x: Tensor, weight: Quantized) -> Tensor:
     out = torch.zeros(x.shape[0], weight.shape[-2])
     for group, first in enumerate(range(0, width, span)):
         part = slice(first, first + span)
-        out = out + (values[:, part] @ own[:, part].T).float() * weight.scales[:, group]
+        out = out + (values[:, part] @ own[:, part].T).float() * weight.scales[:, group].float()
+    out = out if weight.factors is None else out * weight.factors[:, 0]
     return (out * scales).to(x.dtype)
 
 
