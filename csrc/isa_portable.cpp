@@ -86,7 +86,13 @@ struct Isa {
     static inline void half(Ints (&sums)[Rows], const uint8_t* weights, const int8_t* values) {
         uint8_t own[64];
         for (int p = 0; p < 4; p++) {
-            for (int i = 0; i < 64; i++) own[i] = kE2m1[kHigh ? weights[64 * p + i] >> 4 : weights[64 * p + i] & 15];
+            // What `kE2m1` says, without a look-up, which few compilers vectorise.
+            for (int i = 0; i < 64; i++) {
+                const uint8_t code = kHigh ? weights[64 * p + i] >> 4 : weights[64 * p + i] & 15, size = code & 7;
+                const uint8_t from4 = size > 4 ? size - 4 : 0, from6 = size > 6 ? 2 : 0;
+                const uint8_t number = size + from4 + from6;
+                own[i] = code > 7 ? kE2m1Offset - number : kE2m1Offset + number;
+            }
             quad<Rows>(sums, own, values + kQuad * Rows * p);
         }
     }

@@ -16,8 +16,10 @@ from dgemma import EngineSettings, SamplingParams
 from dgemma.config import ModelConfig
 from dgemma.errors import ConfigError, DGemmaError
 from dgemma.model.ranks import Ranks
+from dgemma.quant import quantize
 from engines import words
-from tiny import SPECS, Lab
+from nvfp4 import nvfp4
+from tiny import SPECS, Lab, Spec, config
 
 SETTINGS = EngineSettings(cache_tokens=1024, page_size=16, step_tokens=24)
 REQUESTS: list[dict[str, Any]] = [
@@ -105,6 +107,24 @@ def test_what_cannot_be_divided_is_refused_by_name(lab: Lab, tmp_path: Path) -> 
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_bytes((lab.path("base") / "config.json").read_bytes())
         dgemma.load(tmp_path / "empty", "cpu", tensor_parallel=2)
+
+
+def test_parts_in_few_bits_make_the_whole() -> None:
+    """Along either axis, and for experts: values, scales, and what they are multiplied with."""
+    spec = Spec(name="cut", hidden=128, intermediate=128, experts=4, moe_intermediate=32)
+    sizes = ModelConfig.from_dict(config(spec).to_dict())
+    parts = [Ranks(rank=rank, size=2, config=sizes) for rank in range(2)]
+    cases = {
+        "layers.0.mlp.down_proj.weight": (128, 128),
+        "layers.0.mlp.up_proj.weight": (128, 128),
+        "layers.0.experts.down_proj": (4, 128, 32),
+    }
+    for name, shape in cases.items():
+        for weight in (nvfp4(*shape), quantize(torch.randn(shape), bits=4, group=32)):
+            cut = [rank.cut(name, weight).dequantize() for rank in parts]
+            axis = int("down_proj.weight" in name)
+            assert cut[0].shape[axis] == shape[axis] // 2
+            assert torch.equal(torch.cat(cut, dim=axis), weight.dequantize())
 
 
 def test_parts_make_the_whole(lab: Lab) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dgemma.quant import Quantized
 from dgemma.quant.quantized import pack_nibbles
+from nvfp4 import nvfp4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +25,7 @@ def weight(form: str, *shape: int, seed: int = 0) -> Tensor | Quantized:
     if name in ("float32", "bfloat16"):
         return plain.to(getattr(torch, name))
     if name == "nvfp4":
-        return e2m1(plain)
+        return nvfp4(*shape, seed=seed).to(DEVICE)
     span, most = int(group or shape[-1]), {"fp8": 448.0, "int8": 127.0, "int4": 7.0}[name]
     parts = plain.unflatten(-1, (-1, span))
     scales = parts.abs().amax(dim=-1) / most
@@ -35,18 +36,6 @@ def weight(form: str, *shape: int, seed: int = 0) -> Tensor | Quantized:
         data = values.round().to(torch.int8)
         data = pack_nibbles(data) if name == "int4" else data
     return Quantized(bits=4 if name == "int4" else 8, group=int(group) if group else None, data=data, scales=scales)
-
-
-def e2m1(weight: Tensor) -> Quantized:
-    """Rounded down to E2M1, with scales of E4M3 that make the largest of 16 about 6, and a factor of its own a row."""
-    parts = weight.unflatten(-1, (-1, 16))
-    factors = parts.abs().amax(dim=(-1, -2))[..., None] / 448.0 / 12.0
-    scales = (parts.abs().amax(dim=-1) / 12.0 / factors).to(torch.float8_e4m3fn)
-    twice = parts / (scales.float() * factors)[..., None].clamp_min(1e-30)
-    sizes = torch.tensor([1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0], device=weight.device)
-    codes = torch.bucketize(twice.abs().contiguous(), sizes, right=True) | (twice < 0).int() << 3
-    pairs = codes.flatten(-2).to(torch.uint8).unflatten(-1, (-1, 2))
-    return Quantized(bits=4, group=16, data=pairs[..., 0] | pairs[..., 1] << 4, scales=scales, factors=factors)
 
 
 def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from gpu_tensors import near, numbers, weight
 
+from dgemma.engine.fused import merged
 from dgemma.kernels import plain
 from dgemma.kernels.triton.common import operand
 from dgemma.kernels.triton.linear import linear, ready, widened
+from dgemma.model.linear import Linear
 
 FORMS = ["float32", "bfloat16", "fp8", "int8", "int8-16", "int8-32", "int4-32", "int4-64", "nvfp4"]
 DTYPES = {"float32": (torch.float32, 2e-6), "bfloat16": (torch.bfloat16, 2**-7)}
@@ -49,6 +51,22 @@ def test_fp8_rows_are_those_of_torch() -> None:
     assert torch.equal(scales, wanted)
     assert torch.equal(found.view(torch.uint8) & 127, values.view(torch.uint8) & 127)
     assert torch.equal(found.float(), values.float())
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4-32", "nvfp4"])
+def test_matrices_that_become_one(form: str) -> None:
+    """All that a weight is made of goes into the one, and each is a view of it with its own numbers."""
+    modules = [Linear(64, outputs) for outputs in (5, 9, 2)]
+    parts = [weight(form, own.out_features, 64, seed=n) for n, own in enumerate(modules)]
+    for module, part in zip(modules, parts, strict=True):
+        del module._parameters["weight"]
+        module.weight = part
+    whole = merged(*modules)
+    wide = [own if isinstance(own, torch.Tensor) else own.dequantize() for own in (whole, *parts)]
+    assert torch.equal(wide[0], torch.cat(wide[1:]))
+    x = numbers(3, 64)
+    if form != "bfloat16":
+        near(linear(x, whole), torch.cat([linear(x, module.weight) for module in modules], dim=1), 2e-6)
 
 
 @pytest.mark.parametrize("form", ["int4-32", "nvfp4", "int8", "int8-16"])

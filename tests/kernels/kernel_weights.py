@@ -6,6 +6,7 @@ import torch
 
 from dgemma.quant import Quantized
 from dgemma.quant.layouts import NVFP4_GROUP
+from nvfp4 import nvfp4
 
 
 def random_weight(shape: tuple[int, ...], bits: int, group: int | None, generator: torch.Generator) -> Quantized:
@@ -16,9 +17,6 @@ def random_weight(shape: tuple[int, ...], bits: int, group: int | None, generato
     data = torch.randint(low, high, (*head, width * bits // 8), generator=generator).to(kind)
     data[..., 0, :] = low  # a row of -8 or -128
     if (bits, group) == (4, NVFP4_GROUP):
-        own = (torch.randn(*head, width // group, generator=generator) * 8).to(torch.float8_e4m3fn)
-        own[..., 1:2, :] = 2.0**-9  # subnormal
-        factors = torch.rand(*head, 1, generator=generator) * 0.002
-        return Quantized(bits=bits, group=group, data=data, scales=own, factors=factors)
+        return nvfp4(*shape, seed=int(torch.randint(0, 1 << 20, (), generator=generator)))
     scales = torch.rand(*head, width // group if group else 1, generator=generator) * 0.02
     return Quantized(bits=bits, group=group, data=data, scales=scales)

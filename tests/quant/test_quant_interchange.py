@@ -12,6 +12,9 @@ import torch
 from few_bits import Formats, distance, look, package_copy, tensors_of, unfused, weights_on_disk
 from safetensors.torch import save_file
 
+from dgemma.checkpoint import summarize
+from dgemma.checkpoint.inventory import take_inventory
+
 
 def args(**fields: Any) -> Any:
     """The package's settings of one tensor."""
@@ -71,6 +74,15 @@ def test_files_of_the_package_load_here(name: str, source: Path, tmp_path: Path,
         assert torch.allclose(found[module], weight, rtol=2e-7 if fmt.startswith("nvfp4") else 0, atol=0), module
     network = load(tmp_path / "copy")
     assert len(network.quantized()) == 17
+    if name == "nvfp4":  # in 4 bits, and nothing is lost by that
+        held, exact = network.quantized(), load(tmp_path / "copy", dequantize=True).state_dict()
+        assert all(own.bits == 4 and torch.equal(own.dequantize(), exact[path]) for path, own in held.items())
+        counted = take_inventory(tmp_path / "copy", network.config, {k: tuple(t.shape) for k, t in exact.items()})
+        sizes = {path: own.nbytes for path, own in held.items()}
+        assert sizes == {path: counted.weights[path].memory(4) for path in held}
+        summary = summarize(tmp_path / "copy")
+        rest = sum(tensor.numel() * 2 for path, tensor in exact.items() if path not in held)
+        assert summary.memory[0].weights == pytest.approx(sum(sizes.values()) + rest, rel=0.001)
     # Activations are rounded to 8 bits, product after product, and this network's logits are sharp.
     assert distance(look(network), look(load(tmp_path / "copy", dequantize=True))) < 0.08
 

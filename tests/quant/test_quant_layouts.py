@@ -61,7 +61,13 @@ def test_nvfp4_by_hand() -> None:
     nvidia = {"weight": packed, "weight_scale": scale, "weight_scale_2": torch.tensor(0.125)}
     layout = recognise(headers(nvidia), (1, 16))
     assert layout.name == "modelopt-nvfp4"
-    assert decode(layout, nvidia, (1, 16)).dequantize()[0].tolist() == [1.75 * value / 8 for value in wanted]
+    held = decode(layout, nvidia, (1, 16))
+    assert held.dequantize()[0].tolist() == [1.75 * value / 8 for value in wanted]
+    assert held.form == "nvfp4" and held.values()[0].tolist() == [2 * value for value in wanted]
+    assert layout.memory((1, 16)) == held.nbytes == 8 + 1 + 4
+    zero = nvidia | {"weight_scale_2": torch.tensor(float("inf"))}
+    with pytest.raises(CheckpointError, match="weight_scale holds NaN or infinity"):
+        decode(layout, zero, (1, 16))
 
 
 def good() -> dict[str, Any]:

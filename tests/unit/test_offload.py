@@ -22,6 +22,7 @@ from dgemma.model.offload import Courier, ExpertStream, expert_bytes, shelved
 from dgemma.quant import Quantized, quantize
 from engines import answers, ask, engine_of, words
 from late import LateCourier
+from nvfp4 import nvfp4
 from tiny import Spec, build
 
 SPEC = Spec(
@@ -82,7 +83,7 @@ class Hasty(Timetable):
 
 
 def layers(count: int) -> list[Experts]:
-    """Layers of random experts, in floating point and in 4 bits by turns."""
+    """Layers of random experts, in floating point and in 4 bits by turns, those in whole numbers and in NVFP4."""
     config: Any = SimpleNamespace(num_experts=3, hidden_size=32, moe_intermediate_size=32)
     made = [Experts(config) for _ in range(count)]
     for number, own in enumerate(made):
@@ -90,7 +91,8 @@ def layers(count: int) -> list[Experts]:
             weight = torch.randn(getattr(own, name).shape, generator=torch.Generator().manual_seed(number))
             if number % 2:
                 del own._parameters[name]
-                setattr(own, name, quantize(weight, bits=4, group=32, search=False))
+                small = nvfp4(*weight.shape, seed=number)
+                setattr(own, name, small if number % 4 == 3 else quantize(weight, bits=4, group=32, search=False))
             else:
                 getattr(own, name).data = weight
     return made

@@ -45,7 +45,8 @@ def load_network(
 
     At most the network and one more tensor (as it is on disk) are in memory at any time. Every check that needs no
     tensor's content is done before the first one is read. Weights in few bits stay so (`kernels.cpu.Weight`). What the
-    CPU kernels do not multiply with becomes int8 on a CPU: FP8 with a scale a row, groups of 16 with one for each 32.
+    CPU kernels do not multiply with becomes int8 on a CPU: FP8 with a scale a row, groups of other sizes with one for
+    each 32.
 
     Args:
         directory: where the weights are; see `files.find_weights`.

@@ -145,9 +145,10 @@ def _held(spot: Place, entries: dict[str, Entry]) -> int:
     """Bytes in memory of one tensor on disk: see `quant.layouts.Layout`; floating-point tensors at 16 bits."""
     name = spot.module if spot.module in entries else f"{spot.module}.{spot.part}"
     entry = entries[name]
+    if spot.part == SCALE and entry.dtype == "F8_E4M3":  # NVFP4, and what stands for its second scale: one a row
+        return entry.nbytes + entry.shape[0] * _SCALE_BITS // 8
     if spot.part == SCALE:
         return entry.numel * _SCALE_BITS // 8
     if entry.dtype not in ("U8", "I8", "I32", "I64", "F8_E4M3"):
         return entry.numel * 2
-    # A byte a value for NVFP4, and where there are zero points.
-    return entry.nbytes * (2 if entry.dtype == "U8" or f"{spot.module}.{ZERO}" in entries else 1)
+    return entry.nbytes * (2 if f"{spot.module}.{ZERO}" in entries else 1)  # with zero points, a byte a value
