@@ -20,7 +20,7 @@ from dgemma.kernels.triton import attention, experts, layer, routing, vocabulary
 from dgemma.kernels.triton.common import operand
 from dgemma.kernels.wish import Wish
 from dgemma.model.norm import RMSNorm
-from dgemma.model.rope import rotate, rotation
+from dgemma.model.rope import inverse_frequencies, rotate, rotation
 from dgemma.quant import Quantized, quantize
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6}  # of the largest number, where both sum in float32
@@ -202,7 +202,7 @@ def _layer(config: ModelConfig, make: Maker, x: Tensor, tolerance: float) -> Ite
         out = residual.float() + rms(rms(dense, norms[4]) + rms(mixed, norms[5]), norms[6])
         return out * scalars.float(), rms(out * scalars.float(), norms[0])
 
-    each, plainly = scalars.expand(tokens).contiguous(), operand(x)
+    each, plainly = (scalars.expand(2).contiguous(), 0), operand(x)
 
     def entering() -> tuple[Tensor, ...]:
         h, dense, mixed, routed = layer.enter(x, residual, norms[0], norms[1:4], eps, (plainly, plainly))
@@ -243,7 +243,7 @@ def _attention(
     values = make.numbers(tokens, shape.kv_heads, shape.head_dim)
     norms = make.numbers(shape.head_dim), make.numbers(shape.head_dim)
     turn = rotation(torch.arange(tokens, device=make.device), shape, make.dtype)
-    flat = tuple(part.squeeze(1) for part in turn)
+    flat = layer.turns(torch.arange(tokens, device=make.device), inverse_frequencies(shape, make.device), make.dtype)
     projected, plainly = (
         torch.cat([part.flatten(1) for part in (queries, keys, values)], dim=1),
         operand(queries.flatten(1)),
@@ -264,7 +264,7 @@ def _attention(
     yield Case(
         name=f"heads, {kind}",
         ours=lambda: layer.heads(
-            projected, shape.heads, *norms, flat, config.rms_norm_eps, slots=nowhere, pool=(pool, pool)  # type: ignore[arg-type]
+            projected, shape.heads, *norms, flat, config.rms_norm_eps, slots=nowhere, pool=(pool, pool)
         ),
         twin=twin,
         library=twin,

@@ -18,18 +18,19 @@ from collections import defaultdict
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import torch
-from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, tiles, vocabulary
+from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, settle, tiles, vocabulary
 
 KINDS = {
-    "fp32": "xs wf peaks sums totals means factors parts scales out_scales heats biases uniforms norms scalars "
-            "expert_scale",
-    "i64": "ends bias_words argmaxes samples slots", "i8": "barred",
+    "fp32": "xs wf peaks sums totals means factors parts scales out_scales heats biases uniforms norms "
+            "expert_scale table_scales frequencies entropies real kept",
+    "i64": "ends bias_words argmaxes samples slots tokens spots canvases places positions whole pins likeliest seeds "
+           "steps", "i8": "barred accepted", "u8": "flags",
     "i32": "order offsets segments blocks pages ranks counts ticket live taken words",
 }
 KIND = {name: "*" + kind for kind, names in KINDS.items() for name in names.split()}
 KIND |= dict.fromkeys("T N K E H D V n k count window most heads kv_heads rows_in_all bias_count end_count "
-                      "tile_count pitch first before".split(), "i32")
-KIND |= dict.fromkeys("eps factor cap least".split(), "fp32")
+                      "tile_count pitch turn_pitch encoded pairs L length first before".split(), "i32")
+KIND |= dict.fromkeys("eps factor cap least scale".split(), "fp32")
 
 def build(kernel, tile, constants, capability=90, **kinds):
     names = kernel.arg_names
@@ -111,8 +112,19 @@ def rest(form):
         build(layer._leave_kernel, t, written(form) | wide, weights="*fp32", normed=own)
         if form != "float":
             build(linear._ready_kernel, t, written(form) | wide, out=own)
-    build(draws._draws_kernel, t, {"WIDTH": 256}, seeds="*i64", canvases="*i64", steps="*i64", noise="*i64",
-          words="i32", length="i32")
+        build(layer._embed_kernel, t, written(form) | wide | {"TABLE": "float"}, normed=own)
+    for form in ("fp8", "int8"):
+        build(layer._embed_kernel, t, written("fp8") | wide | {"TABLE": form}, normed="*fp8e4nv",
+              table=WEIGHTS[form]["w"])
+    build(layer._condition_kernel, t, wide)
+    build(layer._turns_kernel, t, {"WIDTH": 512})
+    build(layer._sound_kernel, t, wide)
+    build(draws._uniform_kernel, t, {"PURPOSE": 1, "WIDTH": 256}, out="*fp64")
+    columns = {"COLUMNS": 7 + settle.ENDS}
+    build(settle._ask_kernel, t, columns | {"WIDTH": 256}, counts="*i64")
+    own = {"ENDS": settle.ENDS, "OVER": settle.OVER, "BROKEN": settle.BROKEN, "WIDTH": 256, "BLOCK": 16}
+    build(settle._settle_kernel, t, columns | own, counts="*i64", words="i32")
+    build(settle._keep_kernel, t, {"SPLITS": 6, "WIDTH": 4096})
     build(experts._sum_kernel, t, {"BN": 1024}, weights="*fp32")
 
 globals()[sys.argv[1]](sys.argv[2])

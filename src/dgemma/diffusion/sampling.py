@@ -27,9 +27,9 @@ def accept(entropies: Tensor, bound: float | Tensor) -> Tensor:
 
     In order of rising entropy, the most positions for which the sum of entropies without the largest stays within
     the bound (Ben-Hamu et al. 2025, arXiv:2505.24857): the sum bounds what the positions tell about each other.
-    At least one position is accepted. `bound`: one for all, or [B, 1].
+    At least one position is accepted; of equal entropies the first come first. `bound`: one for all, or [B, 1].
     """
-    rising, order = torch.sort(entropies, dim=-1)
+    rising, order = torch.sort(entropies, dim=-1, stable=True)
     within = torch.cumsum(rising, dim=-1) - rising <= bound
     return torch.zeros_like(within).scatter(-1, order, within)
 

@@ -1,7 +1,7 @@
 """Canvases that live where the network is: a step's sampling for many requests at once, without asking the host.
 
-What happens is `diffusion.Canvas` under the rules of transformers, row by row on tensors; the random numbers are those
-of `CounterDraws`.
+What happens is `diffusion.Canvas` under the rules of transformers (`kernels/triton/settle.py`); the random numbers are
+those of `CounterDraws`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion import Canvas, Step
-from ..diffusion.sampling import accept, through_end
+from ..diffusion import Canvas, CounterDraws, Step
 from ..kernels.cpu import TOLERANCE
-from ..kernels.triton.draws import draws
+from ..kernels.triton import settle
+from ..kernels.triton.draws import uniform
+from ..kernels.triton.settle import ENDS
 from ..kernels.triton.vocabulary import step as look
 from ..model import Network
-
-ENDS = 16  # end tokens that a place has room for
-GOES_ON, OVER, BROKEN = 0, 1, 2  # what `settle` says of a canvas
 
 
 class Board:
     """Places for canvases.
 
     Fields:
+        held: what is known of the canvases.
         tokens: int64 [places, L], what the network looks at next; positions behind a shorter canvas's end mean nothing.
         soft: [places, L, H], soft embeddings of the last step; zeros before the first.
 
@@ -35,16 +34,11 @@ class Board:
     """
 
     def __init__(self, network: Network, places: int, length: int):
-        device = network.device
         self.network, self.length = network, length
-        self.tokens = torch.zeros(places, length, dtype=torch.int64, device=device)
-        self.soft = torch.zeros(places, length, network.config.hidden_size, dtype=network.dtype, device=device)
-        self._argmax, self._pins = torch.zeros_like(self.tokens), torch.zeros_like(self.tokens)
-        self._accepted = torch.zeros_like(self.tokens, dtype=torch.bool)
-        self._entropies = torch.zeros(places, length, device=device)
-        self._held, self._number = torch.zeros(2, places, dtype=torch.int64, device=device)
-        self._whole = torch.zeros(places, 7 + ENDS, dtype=torch.int64, device=device)
-        self._real = torch.zeros(places, 5, device=device)
+        self.held = settle.Held.empty(places, length, network.device)
+        self.tokens = self.held.tokens
+        self.soft = torch.zeros(places, length, network.config.hidden_size, dtype=network.dtype, device=network.device)
+        self._scale = float(network.embedding_scale())
 
     @staticmethod
     def takes(canvas: Canvas) -> bool:
@@ -75,10 +69,10 @@ class Board:
             settings.entropy_bound,
             settings.confidence_threshold,
         ]
-        self._whole[place] = torch.tensor(whole, dtype=torch.int64).to(self._whole.device, non_blocking=True)
-        self._real[place] = torch.tensor(real).to(self._real.device, non_blocking=True)
-        self._argmax[place] = -1
-        self._held[place] = self._number[place] = 0
+        held, device = self.held, self.tokens.device
+        held.whole[place] = torch.tensor(whole, dtype=torch.int64).to(device, non_blocking=True)
+        held.real[place] = torch.tensor(real).to(device, non_blocking=True)
+        held.argmax[place], held.counts[place] = -1, 0
         self.put(place, canvas.tokens[0], None)
         self.pin(place, canvas.pins[0])
 
@@ -90,56 +84,29 @@ class Board:
 
     def pin(self, place: int, pins: Tensor) -> None:
         """Positions that keep a token, int64 [n], -1: none."""
-        self._pins[place, : len(pins)] = pins.to(self._pins.device, non_blocking=True)
+        self.held.pins[place, : len(pins)] = pins.to(self.tokens.device, non_blocking=True)
 
-    def settle(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """One step of some canvases: hidden states [M * n, H] and their places int64 [M] -> uint8 [M], how each stands.
+    def settle(self, hidden: Tensor, places: Tensor, flags: Tensor) -> None:
+        """One step of some canvases: hidden states [M * n, H] and their places int64 [M]; writes to `flags`, uint8 [M],
+        how each stands.
 
-        Each has its first n positions' states; n is no less than the longest's length. A place may be given twice.
+        Each has its first n positions' states; n is no less than the longest's length. A place may be given twice: the
+        first counts, and the others have no flag.
         """
-        whole, real, number = self._whole[places], self._real[places], self._number[places]
-        seeds, indices, lengths, steps, threshold, partial, greedy = whole[:, :7].unbind(dim=1)
-        t_min, t_span, heat, bound, confidence = real.unbind(dim=1)
-        rows, width, config = len(places), len(hidden) // len(places), self.network.config
-        uniforms = torch.empty(rows, width, device=hidden.device)
-        noise = torch.empty(rows, width, dtype=torch.int64, device=hidden.device)
-        draws(seeds.contiguous(), indices.contiguous(), number + 1, uniforms, noise, config.vocab_size)
-
-        heats = (t_min + t_span * ((steps - number).float() / steps.float())) * heat
-        found = look(
+        config = self.network.config
+        heats, uniforms = settle.ask(self.held, places, len(hidden) // len(places))
+        step = look(
             hidden,
             self.network.embed_tokens.weight,
-            heats=heats[:, None].expand(rows, width),
+            heats=heats,
             cap=config.final_logit_softcapping,
             tolerance=TOLERANCE[hidden.dtype],
-            uniform=uniforms.flatten(),
+            uniform=uniforms,
             peers=self.network.ranks,
         )
-        argmax, sampled, entropies = (part.view(rows, width) for part in found.found)
-        sampled = torch.where(greedy[:, None] != 0, argmax, sampled)
-
-        inside = torch.arange(width, device=hidden.device) < lengths[:, None]
-        sound = (torch.isfinite(entropies) | ~inside).all(dim=-1)
-        accepted = accept(torch.where(inside, entropies, float("inf")), bound[:, None])
-        pins = self._pins[places, :width]
-        pinned = pins >= 0
-        likeliest = torch.where(pinned, pins, argmax)
-        following = torch.where(pinned, pins, torch.where(accepted, sampled, noise))
-
-        through = through_end(torch.where(inside, likeliest, -2), whole[:, 7:])
-        part = inside & (through | (partial == 0)[:, None])
-        same = ((likeliest == self._argmax[places, :width]) | ~part).all(dim=-1)
-        held = torch.where(same, self._held[places] + 1, 0)
-        mean = torch.where(part, entropies, 0.0).sum(dim=-1) / part.sum(dim=-1)
-        over = ((held >= threshold) & (mean < confidence)) | (number + 1 >= steps)
-
-        assert found.soft is not None
-        self.tokens[places, :width], self._argmax[places, :width] = following, likeliest
-        self._accepted[places, :width], self._entropies[places, :width] = accepted | pinned, entropies
-        self._held[places], self._number[places] = held, number + 1
-        soft = found.soft.to(hidden.dtype).view(rows, width, -1) * self.network.embedding_scale()
-        self.soft[places, :width] = soft
-        return torch.where(sound, over.to(torch.uint8) * OVER, BROKEN).to(torch.uint8)
+        assert step.parts is not None
+        settle.keep(step.parts, self._scale, self.soft, places)
+        settle.settle(self.held, step.found, places, flags, config.vocab_size)
 
     def next_tokens(
         self, hidden: Tensor, seeds: Sequence[int], numbers: Sequence[int], temperatures: Sequence[float]
@@ -151,19 +118,16 @@ class Board:
         whole = torch.tensor([[_signed(seed) for seed in seeds], numbers, [0] * rows], dtype=torch.int64).to(device)
         heats = torch.tensor([heat or 1.0 for heat in temperatures], device=device)
         greedy = torch.tensor([heat == 0 for heat in temperatures], device=device)
-        uniforms = torch.empty(rows, 1, device=device)
-        noise = torch.empty_like(uniforms, dtype=torch.int64)
-        draws(whole[0], whole[1], whole[2], uniforms, noise, config.vocab_size)
-        found, _, _ = look(
+        found = look(
             hidden,
             self.network.embed_tokens.weight,
             heats=heats,
             cap=config.final_logit_softcapping,
             tolerance=TOLERANCE[hidden.dtype],
-            uniform=uniforms[:, 0],
+            uniform=uniform(whole[0], whole[1], whole[2], CounterDraws.SAMPLE, 1)[:, 0].float(),
             soft=False,
             peers=self.network.ranks,
-        )
+        ).found
         tokens = torch.where(greedy, found.argmax, found.sampled)
         result: list[int] = torch.where(torch.isfinite(found.entropies), tokens, -1).tolist()
         return result
@@ -171,9 +135,9 @@ class Board:
     def step_of(self, place: int, canvas: Canvas, *, whole: bool) -> Step:
         """What a canvas's last step brought; its tokens, acceptance and entropies only if the `whole` is wanted."""
         length = canvas.tokens.shape[1]
-        argmax = self._argmax[place, None, :length].cpu()
+        argmax = self.held.argmax[place, None, :length].cpu()
         if whole:
-            parts = (self.tokens, self._accepted, self._entropies)
+            parts = (self.tokens, self.held.accepted, self.held.entropies)
             tokens, accepted, entropies = (part[place, None, :length].cpu() for part in parts)
         else:
             tokens, accepted, entropies = argmax, torch.ones_like(argmax, dtype=torch.bool), torch.zeros(argmax.shape)

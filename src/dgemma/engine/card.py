@@ -17,8 +17,10 @@ from torch import Tensor
 from ..diffusion import Canvas
 from ..diffusion.canvas import not_numbers
 from ..errors import DGemmaError
+from ..kernels.triton import layer
+from ..kernels.triton.settle import BROKEN, OVER
 from ..model import Mode, Network
-from .board import BROKEN, OVER, Board
+from .board import Board
 from .forward import Forward, Work, encoding_of, fresh_of, is_next, table_of
 from .fused import Fused, Layout, lay_out
 from .pages import Pages, Table
@@ -283,18 +285,14 @@ class CardForward(Forward):
 
     def _step(self, inputs: Inputs) -> Outputs:
         """Everything that the card does in a step."""
-        board, fused, encoded = self.board, self.fused, inputs.layout.encoded
-        parts = []
-        if encoded:
-            parts.append(fused.embed(inputs.tokens))
-        if len(inputs.spots):
-            tokens, soft = board.tokens.flatten()[inputs.spots], board.soft.flatten(0, 1)[inputs.spots]
-            parts.append(fused.condition(fused.embed(tokens), soft))
-        hidden = fused.run(torch.cat(parts), inputs.layout)
-        flags = [torch.isfinite(hidden[:encoded]).all(dim=-1).to(torch.uint8)]
-        if len(inputs.places):
-            flags.insert(0, board.settle(hidden[inputs.rows], inputs.places))
-        return Outputs(hidden, torch.cat(flags))
+        board, fused, encoded, sampled = self.board, self.fused, inputs.layout.encoded, len(inputs.places)
+        x = fused.begin(inputs.tokens, inputs.spots, board.tokens, board.soft)
+        hidden = fused.run(x, inputs.layout)
+        flags = torch.empty(sampled + encoded, dtype=torch.uint8, device=hidden.device)
+        if sampled:
+            board.settle(hidden[inputs.rows], inputs.places, flags[:sampled])
+        layer.sound(hidden[:encoded], flags[sampled:])
+        return Outputs(hidden, flags)
 
     def _next_tokens(self, rows: list[tuple[Work, Tensor]], failed: list[tuple[Row, DGemmaError]]) -> None:
         """Draws on the card, all at once; requests that want more of their scores as on a CPU."""

@@ -24,7 +24,7 @@ from ..model.block import Block
 from ..model.linear import Linear
 from ..model.moe import Experts
 from ..model.norm import RMSNorm
-from ..model.rope import Rotation, rotation
+from ..model.rope import Rotation, inverse_frequencies
 from ..quant import Quantized
 from .ragged import Segment, Store
 
@@ -168,28 +168,34 @@ class Fused:
         self._layers = [self._layer(block) for block in self._blocks]
         own = network.self_conditioning
         self._conditioning = operand(merged(own.gate_proj, own.up_proj)), operand(own.down_proj.weight)
+        self._scale = float(network.embedding_scale())
+        angles = {shape: inverse_frequencies(shape, network.device) for shape in dict.fromkeys(network.config.layers)}
+        self._shapes, self._angles = list(angles), torch.cat(list(angles.values()))
         self._aside = Aside(network.device)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [T] -> [T, H]."""
-        return self.network.embed(tokens)
-
-    def condition(self, embeddings: Tensor, soft: Tensor) -> Tensor:
-        """A canvas's embeddings and soft embeddings [T, H] -> input of the first layer (`SelfConditioning`)."""
+    def begin(self, tokens: Tensor, spots: Tensor, canvases: Tensor, soft: Tensor) -> Tensor:
+        """The first layer's input [T, H]: of tokens that are encoded, int64 [E], and behind them of those of canvases
+        (`SelfConditioning`): int64 [D], where in `canvases` [P, L] and `soft` [P, L, H] their tokens and soft
+        embeddings are.
+        """
         gate_up, down = self._conditioning
-        normed = layer.norm(soft, _scale(self.network.self_conditioning.pre_norm), self.eps, gate_up)
-        mixed = embeddings + self._added(self._mlp(gate_up, down, normed))
-        return layer.norm(mixed, None, self.eps, operand(mixed)).values
+        norm = _scale(self.network.self_conditioning.pre_norm)
+        table = operand(self.network.embed_tokens.weight)
+        first = 0 if self._ranks is None else self._ranks.words[0]
+        x, normed = layer.embed(table, self._scale, tokens, spots, canvases, soft, norm, self.eps, gate_up, first)
+        x = self._added(x)
+        if len(spots):
+            layer.condition(x[len(tokens) :], self._added(self._mlp(gate_up, down, normed)), self.eps)
+        return x
 
     def run(self, x: Tensor, layout: Layout) -> Tensor:
         """All layers and the final norm: [T, H] -> [T, H]."""
         blocks, layers, dtype = self._blocks, self._layers, x.dtype
         if self.network.expert_stream is not None:
             self.network.expert_stream.begin()
-        shapes = dict.fromkeys(self.network.config.layers)
-        turns = {shape: rotation(layout.positions, shape, dtype) for shape in shapes}
-        rows = torch.arange(len(x), device=x.device) >= layout.encoded
-        scalars = self._scalars[:, rows.long()]
+        turned = layer.turns(layout.positions, self._angles, dtype)
+        widths = [shape.head_dim // 2 for shape in self._shapes]
+        turns = dict(zip(self._shapes, zip(*(part.split(widths, dim=1) for part in turned), strict=True), strict=True))
         norms = [_scale(block.input_layernorm) for block in blocks] + [_scale(self.network.norm)]
         firsts = [*(own.projections for own in layers), operand(x)]  # what comes behind the last layer takes all as is
         normed = layer.norm(x, norms[0], self.eps, firsts[0])
@@ -212,8 +218,9 @@ class Fused:
             if self._ranks is not None:
                 beside, parts = self._ranks.total(torch.stack([beside, parts.squeeze(1)])).unflatten(1, (-1, 1))
             x, normed = layer.leave(
-                h, beside, parts, weights, behind, scalars[index], norms[index + 1], self.eps, firsts[index + 1]
-            )
+                h, beside, parts, weights, behind, (self._scalars[index], layout.encoded), norms[index + 1],
+                self.eps, firsts[index + 1],
+            )  # fmt: skip
         return normed.values
 
     def _attend(
@@ -222,10 +229,9 @@ class Fused:
         """[T, H] -> [T, H]."""
         block = self._blocks[index].self_attn
         shape, pool = block.shape, (self.store.keys[index], self.store.values[index])
-        cos, sin = (part.squeeze(1) for part in turn)
         turned = layer.heads(
             gpu.product(normed, own.projections, dtype), shape.heads, _scale(block.q_norm), _scale(block.k_norm),
-            (cos, sin), self.eps, slots=layout.slots[shape.sliding], pool=pool,
+            turn, self.eps, slots=layout.slots[shape.sliding], pool=pool,
         )  # fmt: skip
         seen = attention.attend(*turned, *pool, layout.plans[shape.sliding], own.output)
         return self._added(gpu.product(seen, own.output, dtype))

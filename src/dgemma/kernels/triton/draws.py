@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,11 +14,17 @@ from .common import power
 ONE, TWO = tl.constexpr(0xD2E7470EE14C6C93), tl.constexpr(0xCA5A826395121157)  # the rounds' multipliers
 STEP, LEAP = tl.constexpr(0x9E3779B97F4A7C15), tl.constexpr(0xBB67AE8584CAA73B)  # what is added to the key
 ROUNDS = tl.constexpr(10)
+NOISE, SAMPLE = tl.constexpr(0), tl.constexpr(1)  # what a number is for
 
 
 @triton.jit
-def _units(spots, upper, purpose: tl.constexpr, seed):
-    """Numbers in [0, 1) for places of a canvas: each block of four has one counter, the first is 1."""
+def units(spots, upper, purpose: tl.constexpr, seed):
+    """float64 in [0, 1) for positions of a canvas: each block of four has one counter, the first is 1.
+
+    Args:
+        upper: `canvas << 32 | step`, uint64.
+        seed: its 64 bits, uint64.
+    """
     a = (spots // 4 + 1).to(tl.uint64)
     b = tl.zeros_like(a)
     c = b + upper
@@ -35,28 +42,25 @@ def _units(spots, upper, purpose: tl.constexpr, seed):
 
 
 @triton.jit
-def _draws_kernel(seeds, canvases, steps, uniforms, noise, words, length, WIDTH: tl.constexpr):
+def _uniform_kernel(seeds, canvases, steps, out, length, PURPOSE: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0)
     spots = tl.arange(0, WIDTH)
-    seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)
     upper = tl.load(steps + row).to(tl.uint64) | (tl.load(canvases + row).to(tl.uint64) << 32)
-    there, inside = row * length + spots, spots < length
-    tl.store(noise + there, (_units(spots, upper, 0, seed) * words).to(tl.int64), mask=inside)
-    tl.store(uniforms + there, _units(spots, upper, 1, seed).to(tl.float32), mask=inside)
+    value = units(spots, upper, PURPOSE, tl.load(seeds + row).to(tl.uint64, bitcast=True))
+    tl.store(out + row * length + spots, value, mask=spots < length)
 
 
-def draws(
-    seeds: Tensor, canvases: Tensor, steps: Tensor, uniforms: Tensor, noise: Tensor, vocabulary: int
-) -> tuple[Tensor, Tensor]:
-    """Fills `uniforms` float32 [B, L] (to sample with) and `noise` int64 [B, L] (uniform tokens), and returns them.
+def uniform(seeds: Tensor, canvases: Tensor, steps: Tensor, purpose: int, length: int) -> Tensor:
+    """`CounterDraws.uniform`: float64 [B, length] in [0, 1).
 
     Args:
         seeds: int64 [B], a seed's 64 bits.
         canvases, steps: int64 [B].
+        purpose: `CounterDraws.NOISE` or `SAMPLE`.
     """
-    rows, length = noise.shape
-    if rows:
-        _draws_kernel[(rows,)](
-            seeds, canvases, steps, uniforms, noise, vocabulary, length, WIDTH=power(length), num_warps=4
+    out = torch.empty(len(seeds), length, dtype=torch.float64, device=seeds.device)
+    if len(seeds):
+        _uniform_kernel[(len(seeds),)](
+            seeds, canvases, steps, out, length, PURPOSE=purpose, WIDTH=power(length), num_warps=4
         )
-    return uniforms, noise
+    return out

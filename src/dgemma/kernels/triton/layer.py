@@ -44,7 +44,7 @@ def _turned(source, weight, cos, sin, heads, D, eps, PADDED: tl.constexpr, HALF:
 @triton.jit
 def _heads_kernel(
     projected, query_weight, key_weight, cos, sin, slots, pool_keys, pool_values, out_queries, out_keys, out_values,
-    heads, kv_heads, D, pitch, eps,
+    heads, kv_heads, D, pitch, turn_pitch, eps,
     PAGE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -53,15 +53,16 @@ def _heads_kernel(
     page = (slot // PAGE * kv_heads * PAGE + slot % PAGE) * D  # of the first head; the next is PAGE * D further
     if part == 0:
         low, high, there, inside = _turned(
-            projected + token * pitch, query_weight, cos + token * D, sin + token * D, heads, D, eps, HEADS, HALF
-        )
+            projected + token * pitch, query_weight, cos + token * turn_pitch, sin + token * turn_pitch, heads, D, eps,
+            HEADS, HALF,
+        )  # fmt: skip
         target = out_queries + token * heads * D + there
         tl.store(target, narrow(low, out_queries.dtype.element_ty), mask=inside)
         tl.store(target + D // 2, narrow(high, out_queries.dtype.element_ty), mask=inside)
     elif part == 1:
         key_low, key_high, key_there, key_inside = _turned(
-            projected + token * pitch + heads * D, key_weight, cos + token * D, sin + token * D, kv_heads, D, eps,
-            KV_HEADS, HALF,
+            projected + token * pitch + heads * D, key_weight, cos + token * turn_pitch, sin + token * turn_pitch,
+            kv_heads, D, eps, KV_HEADS, HALF,
         )  # fmt: skip
         key_low, key_high = narrow(key_low, out_keys.dtype.element_ty), narrow(key_high, out_keys.dtype.element_ty)
         key_target = out_keys + token * kv_heads * D + key_there
@@ -117,8 +118,8 @@ def _enter_kernel(
 
 @triton.jit
 def _leave_kernel(
-    h, dense, room, weights, dense_weight, mixed_weight, weight, scalars, next_weight, out, normed, scales, k, H, eps,
-    FORM: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
+    h, dense, room, weights, dense_weight, mixed_weight, weight, scalars, next_weight, out, normed, scales, encoded, k,
+    H, eps, FORM: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, WIDTH)
@@ -133,10 +134,58 @@ def _leave_kernel(
     value += mixed
     value = value * _scale(value, H, eps) * tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(h + token * H + lanes, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.load(scalars + token).to(tl.float32)
+    value *= tl.load(scalars + (token >= encoded).to(tl.int32)).to(tl.float32)
     tl.store(out + token * H + lanes, narrow(value, out.dtype.element_ty), mask=inside)
     own = value * _scale(value, H, eps) * tl.load(next_weight + lanes, mask=inside, other=0.0).to(tl.float32)
     put(normed, scales, token, lanes, narrow(own, out.dtype.element_ty), H, FORM, SPAN)
+
+
+@triton.jit
+def _embed_kernel(
+    table, table_scales, tokens, spots, canvases, soft, weight, x, normed, scales, encoded, before, V, H, factor,
+    eps, TABLE: tl.constexpr, FORM: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside = lanes < H
+    if row < encoded:
+        token = tl.load(tokens + row)
+    else:
+        spot = tl.load(spots + row - encoded)
+        token = tl.load(canvases + spot)
+        value = tl.load(soft + spot * H + lanes, mask=inside, other=0.0).to(tl.float32)
+        value = value * _scale(value, H, eps) * tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
+        put(normed, scales, row - encoded, lanes, narrow(value, soft.dtype.element_ty), H, FORM, SPAN)
+    token -= before
+    held = tl.where((token >= 0) & (token < V), H, 0)  # no number of a word that is another rank's
+    token = tl.where(held > 0, token, 0)
+    entry = tl.load(table + token * H + lanes, mask=lanes < held, other=0.0).to(tl.float32) * factor
+    if TABLE != "float":
+        entry *= tl.load(table_scales + token)
+    tl.store(x + row * H + lanes, narrow(entry, x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _condition_kernel(x, more, H, eps, WIDTH: tl.constexpr):
+    there, inside = tl.program_id(0).to(tl.int64) * H + tl.arange(0, WIDTH), tl.arange(0, WIDTH) < H
+    value = tl.load(x + there, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(more + there, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + there, narrow(value * _scale(value, H, eps), x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turns_kernel(positions, frequencies, cos, sin, pairs, WIDTH: tl.constexpr):
+    token, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside = lanes < pairs
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + lanes, mask=inside, other=0.0)
+    tl.store(cos + token * pairs + lanes, narrow(tl.cos(angle), cos.dtype.element_ty), mask=inside)
+    tl.store(sin + token * pairs + lanes, narrow(tl.sin(angle), sin.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sound_kernel(x, flags, H, WIDTH: tl.constexpr):
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    size = tl.abs(tl.load(x + row * H + lanes, mask=lanes < H, other=0.0).to(tl.float32))
+    tl.store(flags + row, tl.min((size < float("inf")).to(tl.int32), 0).to(tl.uint8))
 
 
 @triton.jit
@@ -146,6 +195,64 @@ def _gate_kernel(both, out, scales, N, FORM: tl.constexpr, SPAN: tl.constexpr, W
     value = gelu(tl.load(there, mask=inside, other=0.0).to(tl.float32))
     value *= tl.load(there + N, mask=inside, other=0.0).to(tl.float32)
     put(out, scales, row, lanes, narrow(value, both.dtype.element_ty), N, FORM, SPAN)
+
+
+def embed(
+    table: Operand,
+    factor: float,
+    tokens: Tensor,
+    spots: Tensor,
+    canvases: Tensor,
+    soft: Tensor,
+    weight: Tensor,
+    eps: float,
+    following: Operand,
+    before: int = 0,
+) -> tuple[Tensor, Ready]:
+    """Rows of a table [V, H] times a factor, and the norm of canvases' soft embeddings.
+
+    Args:
+        table: floats, FP8 or 8 bits with a scale a row.
+        tokens: int64 [E], the first rows'.
+        spots: int64 [D], where the other rows' tokens and soft embeddings are.
+        canvases, soft: int64 [P, L], and [P, L, H] in the network's dtype.
+        weight: [H], the norm's.
+        following: the weight that the normed ones meet.
+        before: words before the table's first, where it is part of a larger one; rows of others' words are zeros.
+
+    Returns:
+        [E + D, H], and [D, H] as that weight wants it.
+    """
+    rows, width = len(tokens) + len(spots), soft.shape[-1]
+    x, normed = torch.empty(rows, width, dtype=soft.dtype, device=soft.device), room(len(spots), soft, following)
+    if rows:
+        _embed_kernel[(rows,)](
+            table.data, table.scales, tokens, spots, canvases, soft, weight, x, *normed, len(tokens), before,
+            table.shape[0], width, factor, eps, TABLE=table.form, FORM=following.form, SPAN=following.span, WIDTH=power(width), num_warps=8,
+        )  # fmt: skip
+    return x, normed
+
+
+def condition(x: Tensor, more: Tensor, eps: float) -> None:
+    """Makes of rows x [T, H] the RMSNorm, without a weight, of x + more."""
+    _condition_kernel[(len(x),)](x, more, x.shape[1], eps, WIDTH=power(x.shape[1]), num_warps=8)
+
+
+def turns(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, F] in a dtype, of positions int64 [T] and of angles a position, float32 [F]
+    (`model.rope.inverse_frequencies`, of one kind of layer behind another).
+    """
+    cos, sin = torch.empty(2, len(positions), len(frequencies), dtype=dtype, device=positions.device)
+    if len(positions):
+        pairs = len(frequencies)
+        _turns_kernel[(len(positions),)](positions, frequencies, cos, sin, pairs, WIDTH=power(pairs), num_warps=4)
+    return cos, sin
+
+
+def sound(x: Tensor, flags: Tensor) -> None:
+    """Writes to `flags`, uint8 [T], 1 for rows of x [T, H] that are all numbers, else 0."""
+    if len(x):
+        _sound_kernel[(len(x),)](x, flags, x.shape[1], WIDTH=power(x.shape[1]), num_warps=8)
 
 
 def gate(both: Tensor, following: Operand) -> Ready:
@@ -176,7 +283,7 @@ def heads(
         projected: [T, (heads + kv_heads) * D], queries and keys, which are the values too; or with values behind them.
         count: heads of queries.
         query_weight, key_weight: [D].
-        turn: cosines and sines [T, D], as `model.rope.rotation` makes them.
+        turn: cosines and sines of pairs (i, i + D / 2), as `turns` makes them: [T, D / 2], maybe parts of wider rows.
         slots: int64 [T], `page * P + place` where a token's key and value go; -1: nowhere.
         pool: keys and values [pages, kv_heads, P, D].
 
@@ -189,7 +296,8 @@ def heads(
     out = own(tokens, count, width), own(tokens, kv_heads, width), own(tokens, kv_heads, width)
     if tokens:
         _heads_kernel[(tokens, 3)](
-            projected, query_weight, key_weight, *turn, slots, *pool, *out, count, kv_heads, width, pitch, eps,
+            projected, query_weight, key_weight, *turn, slots, *pool, *out, count, kv_heads, width, pitch,
+            turn[0].stride(0), eps,
             PAGE=page, HALF=power(width // 2), HEADS=power(count), KV_HEADS=power(kv_heads),
             num_warps=8 if count * width >= 4096 else 4,
         )  # fmt: skip
@@ -239,7 +347,7 @@ def leave(
     parts: Tensor,
     weights: Tensor,
     norms: Sequence[Tensor],
-    scalars: Tensor,
+    scalars: tuple[Tensor, int],
     next_norm: Tensor,
     eps: float,
     following: Operand,
@@ -250,7 +358,7 @@ def leave(
         h, dense: [T, H].
         parts, weights: [T, k, H] and [T, k] float32, the experts' outputs.
         norms: weights [H] of the norms behind the dense MLP, behind the experts and behind their sum.
-        scalars: [T], each token's.
+        scalars: [2], the one of the first so many tokens, which are encoded, and that of the others.
         next_norm: [H], the norm that the next layer begins with.
         following: the next layer's first weight.
 
@@ -262,7 +370,7 @@ def leave(
     normed = room(tokens, h, following)
     if tokens:
         _leave_kernel[(tokens,)](
-            h, dense, parts, weights, *norms, scalars, next_norm, out, *normed, k, width, eps,
+            h, dense, parts, weights, *norms, scalars[0], next_norm, out, *normed, scalars[1], k, width, eps,
             FORM=following.form, SPAN=following.span, WIDTH=power(width), num_warps=8,
         )  # fmt: skip
     return out, normed

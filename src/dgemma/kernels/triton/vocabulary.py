@@ -7,8 +7,8 @@
    word in it; and each tile's factor, which turns its weights into probabilities. Tiles with next to nothing of a
    position's weight get the factor 0.
 3. *live*: for each block of positions, the tiles in which any has a factor.
-4. *blend*: probabilities times the table, over the live tiles alone. The tiles are split among programs, and the parts
-   are added in order.
+4. *blend*: probabilities times the table, over the live tiles alone. The tiles are split among programs, each of which
+   writes a part.
 
 A soft-cap bounds scores on both sides. Where bfloat16's exponent holds all that lies between, at any temperature above
 0.38 for a cap of 30, a position's weights are all written relative to one number that is known before the largest
@@ -61,14 +61,25 @@ class Step(NamedTuple):
 
     Fields:
         found: words and entropies.
-        soft: float32 [n, H]; None unless asked for.
-        share: of all pairs of a position and a tile, those that took part in `soft`: a tensor of one number, so that
-            nothing waits for it.
+        parts: float32 [S, n, H], whose sum is the blend; None unless asked for.
+        taken: int32, pairs of a position and a tile that took part in it, by block of positions.
+        pairs: all there are.
     """
 
     found: Belief
-    soft: Tensor | None
-    share: Tensor
+    parts: Tensor | None
+    taken: Tensor
+    pairs: int
+
+    @property
+    def soft(self) -> Tensor | None:
+        """The blend, float32 [n, H]."""
+        return None if self.parts is None else self.parts.sum(dim=0)
+
+    @property
+    def share(self) -> Tensor:
+        """Of all pairs, those that took part: a tensor of one number, so that nothing waits for it."""
+        return self.taken.sum() / max(1, self.pairs)
 
 
 @triton.jit
@@ -104,9 +115,8 @@ def _scores_kernel(
     for number in range(bias_count):
         word, value = tl.load(bias_words + number), tl.load(biases + number)
         score += tl.where(lines + before == word, value, 0.0)[None, :] * heat
-    refused = tl.load(barred + rows, mask=seen, other=0) != 0
     for number in range(end_count):
-        word = tl.load(ends + number)
+        word, refused = tl.load(ends + number), tl.load(barred + rows, mask=seen, other=0) != 0
         score = tl.where((lines + before == word)[None, :] & refused[:, None], float("-inf"), score)
     score = tl.where(real[None, :], score, float("-inf"))
     peak = tl.max(score, 1)
@@ -269,12 +279,12 @@ def step(
     shared = cap is not None and bias is None and hidden.dtype != torch.float32
     argmax, entropies = torch.empty(n, dtype=torch.int64, device=device), torch.empty(n, device=device)
     sampled = argmax if uniform is None else torch.empty_like(argmax)
-    found, share = Belief(argmax, sampled, entropies), torch.zeros((), device=device)
+    found = Belief(argmax, sampled, entropies)
     if not n:
-        return Step(found, torch.empty(0, width, device=device) if soft else None, share)
+        return Step(found, torch.empty(1, 0, width, device=device) if soft else None, best[:0], 0)
     heats, uniform = heats.contiguous(), None if uniform is None else uniform.contiguous()
     ends = argmax[:0] if ends is None else ends
-    barred = torch.zeros(n, dtype=torch.int8, device=device) if barred is None else barred
+    barred = torch.empty(0, dtype=torch.int8, device=device) if barred is None else barred
     bias_words, biases = (argmax[:0], entropies[:0]) if bias is None else bias
     value, scales = ready(hidden, own)
     counts_of = [words] if peers is None else peers.word_counts
@@ -307,7 +317,7 @@ def step(
         if uniform is not None:  # the word is 0 wherever its tile is another rank's
             found = found._replace(sampled=peers.total(sampled))
     if not soft:
-        return Step(found, None, share)
+        return Step(found, None, best[:0], n * count)
     blend = tiles.blend(n)
     blocks, wide = triton.cdiv(n, blend.rows), triton.cdiv(width, blend.columns)
     splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
@@ -322,5 +332,6 @@ def step(
         SHARED=shared, SPLITS=splits, BM=blend.rows, BN=tile.columns, BH=blend.columns, BK=blend.inner,
         num_warps=blend.warps, num_stages=blend.stages,
     )  # fmt: skip
-    blended = parts.sum(dim=0)
-    return Step(found, blended if peers is None else peers.total(blended), taken.sum() / (n * count))
+    if peers is not None:
+        parts = peers.total(parts.sum(dim=0))[None]
+    return Step(found, parts, taken, n * count)
