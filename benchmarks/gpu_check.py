@@ -38,7 +38,8 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from gpu_kernels import Maker, cases, gap, timed
+from gpu_case import Maker, gap, timed
+from gpu_kernels import cases
 from gpu_rows import ask, finish
 from gpu_run import Check
 from gpu_steps import steps

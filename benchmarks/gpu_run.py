@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from gpu_kernels import timed
+from gpu_case import timed
 from record import Results
 
 LAYERS = 30

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
-from gpu_kernels import timed
+from gpu_case import timed
 from gpu_weights import config_of, random_quantized
 from record import Results
 from torch import Tensor

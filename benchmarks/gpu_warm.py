@@ -7,7 +7,8 @@ import sys
 import time
 
 import torch
-from gpu_kernels import Maker, cases
+from gpu_case import Maker
+from gpu_kernels import cases
 from gpu_rows import ask, config_rows, finish, rows_of
 from gpu_weights import config_of, network_of
 

@@ -228,7 +228,8 @@ def embed(
     if rows:
         _embed_kernel[(rows,)](
             table.data, table.scales, tokens, spots, canvases, soft, weight, x, *normed, len(tokens), before,
-            table.shape[0], width, factor, eps, TABLE=table.form, FORM=following.form, SPAN=following.span, WIDTH=power(width), num_warps=8,
+            table.shape[0], width, factor, eps,
+            TABLE=table.form, FORM=following.form, SPAN=following.span, WIDTH=power(width), num_warps=8,
         )  # fmt: skip
     return x, normed
 

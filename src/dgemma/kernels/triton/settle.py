@@ -133,7 +133,7 @@ def _settle_kernel(
 
     ends = tl.load(own + FIRST_END + tl.arange(0, ENDS))
     is_end = tl.max((likely[:, None] == ends[None, :]).to(tl.int32), 1) != 0
-    end = tl.min(tl.where(inside & is_end, spots, n), 0)
+    end = tl.min(tl.where(is_end, spots, n), 0)
     part = inside & ((tl.load(own + PARTIAL) == 0) | (spots <= end))
     moved = tl.max((part & (likely != tl.load(likeliest + here, mask=exists, other=-1))).to(tl.int32), 0)
     steady = tl.where(moved != 0, 0, tl.load(count + 1) + 1)

@@ -281,7 +281,7 @@ def step(
     sampled = argmax if uniform is None else torch.empty_like(argmax)
     found = Belief(argmax, sampled, entropies)
     if not n:
-        return Step(found, torch.empty(1, 0, width, device=device) if soft else None, best[:0], 0)
+        return Step(found, torch.empty(1, 0, width, device=device) if soft else None, argmax[:0], 0)
     heats, uniform = heats.contiguous(), None if uniform is None else uniform.contiguous()
     ends = argmax[:0] if ends is None else ends
     barred = torch.empty(0, dtype=torch.int8, device=device) if barred is None else barred
@@ -317,7 +317,7 @@ def step(
         if uniform is not None:  # the word is 0 wherever its tile is another rank's
             found = found._replace(sampled=peers.total(sampled))
     if not soft:
-        return Step(found, None, best[:0], n * count)
+        return Step(found, None, argmax[:0], n * count)
     blend = tiles.blend(n)
     blocks, wide = triton.cdiv(n, blend.rows), triton.cdiv(width, blend.columns)
     splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
