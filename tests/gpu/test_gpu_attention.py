@@ -37,6 +37,16 @@ def test_released_head_widths(heads: int, kv_heads: int, width: int) -> None:
     check([(40, 12, False), (7, 9, True)], SLIDING, heads=heads, kv_heads=kv_heads, width=width, size=64, splits=2)
 
 
+@pytest.mark.parametrize("loud", [1.0, 5.0])
+@pytest.mark.parametrize(("kind", "window"), [(FULL, WINDOW), (SLIDING, 200)])
+def test_many_tiles(kind: str, window: int, loud: float) -> None:
+    """Tiles of keys that all rows see whole, and their edges; largest scores that grow slowly, and by leaps."""
+    segments = [(300, 70, False), (190, 75, True), (64, 64, False)]
+    check(
+        segments, kind, heads=4, kv_heads=2, width=72, size=64, splits=2, window=window, loud=loud, tolerance=1e-5
+    )  # fmt: skip
+
+
 def test_bfloat16() -> None:
     """Sums stay in float32."""
     check(CASES["all at once"], FULL, heads=4, kv_heads=2, width=16, size=16, splits=2, dtype=torch.bfloat16)
@@ -52,9 +62,12 @@ def check(
     size: int,
     splits: int | None,
     dtype: torch.dtype = torch.float32,
+    window: int = WINDOW,
+    loud: float = 1.0,
+    tolerance: float | None = None,
 ) -> None:
     shape = AttentionShape(kind=kind, heads=heads, kv_heads=kv_heads, head_dim=width, theta=1e4, rotary_fraction=1.0)
-    pages = Pages(size=size, window=WINDOW, full=64, sliding=64)
+    pages = Pages(size=size, window=window, full=64, sliding=64)
     pages.full.take(), pages.sliding.take()
     tables = []
     for start, length, encoded in segments:
@@ -67,20 +80,20 @@ def check(
     store.keys = [numbers(64, kv_heads, size, width, dtype=dtype, seed=1, scale=width**-0.25)]
     store.values = [numbers(64, kv_heads, size, width, dtype=dtype, seed=2)]
     rows = sum(length for _, length, _ in segments)
-    queries = numbers(rows, heads, width, dtype=dtype, seed=3, scale=width**-0.25)
+    queries = numbers(rows, heads, width, dtype=dtype, seed=3, scale=width**-0.25 * loud)
     keys = numbers(rows, kv_heads, width, dtype=dtype, seed=4, scale=width**-0.25)
     values = numbers(rows, kv_heads, width, dtype=dtype, seed=5)
     modes = [
         Segment(t, s, n, Mode.ENCODE if e else Mode.DENOISE) for t, (s, n, e) in zip(tables, segments, strict=True)
     ]
-    view = RaggedView(store, modes, WINDOW, torch.device(DEVICE))
+    view = RaggedView(store, modes, window, torch.device(DEVICE))
     wanted = view.attend(0, shape, *(x.transpose(0, 1)[None] for x in (queries, keys, values)))[0].transpose(0, 1)
     own = plan(
         segments, chosen, group=heads // kv_heads, head_dim=width, kv_heads=kv_heads,
-        window=WINDOW if kind == SLIDING else None, device=DEVICE, splits=splits,
+        window=window if kind == SLIDING else None, device=DEVICE, splits=splits,
     )  # fmt: skip
     found = attend(queries, keys, values, store.keys[0], store.values[0], own, operand(queries.flatten(1)))
-    near(found.values, wanted.flatten(1), 2e-6 if dtype == torch.float32 else 2**-6)
+    near(found.values, wanted.flatten(1), tolerance or (2e-6 if dtype == torch.float32 else 2**-6))
 
 
 def test_splits_fill_a_card() -> None:

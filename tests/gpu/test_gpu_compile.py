@@ -81,10 +81,10 @@ def attending(form):
     for width, group in ((512, 8), (256, 2)):
         t = tiles.attention(width)
         sizes = {"GROUP": group, "LANES": group, "BQ": t.rows // group, "BK": t.columns, "BD": width, "PAGE": 256}
-        assert "wgmma" in build(attention._attend_kernel, t, {**sizes, "SPLITS": 4}, out="*fp32")
+        assert "wgmma" in build(attention._attend_kernel, t, {**sizes, "SPLITS": 4})
         for form in ("float", "fp8", "int4"):
             build(attention._merge_kernel, tiles.Tile(rows=1, columns=1, warps=8), {"SPLITS": 4, "WIDTH": 16 * width}
-                  | written(form), parts="*fp32", tokens="i32", out=WRITTEN[form])
+                  | written(form), parts="*bf16", tokens="i32", out=WRITTEN[form])
 
 def words(form):
     t, b, kinds = tiles.vocabulary(256, form), tiles.blend(256), WEIGHTS[form]

@@ -9,8 +9,8 @@ and values, which are in no page. That is all that differs between canvases, pro
 | encoded query at p | max(0, p - window + 1), or 0 | p | none: they are in the pages |
 
 A program takes some queries with all heads that share a key head, and a part of the keys. Where keys are split among
-programs, each leaves its unfinished sums behind (the largest score, the weights' sum, the weighted values), and a
-second launch merges them.
+programs, each leaves behind what its part would give alone, rounded, with the sum of its weights and the score that
+they are relative to, and a second launch merges them.
 """
 
 from __future__ import annotations
@@ -102,17 +102,27 @@ def plan(
 
 
 @triton.jit
-def _step(query, key, value, visible, highest, total, mixed):
-    """A tile of keys [BK, D] and values: the running softmax of flash attention, in units of log 2; the scale is 1."""
+def _step(query, key, value, edge, visible, highest, total, mixed):
+    """A tile of keys [BK, D] and values: the running softmax of flash attention, in units of log 2; the scale is 1.
+
+    Weights are relative to the highest score when that was last taken over: sums are scaled anew only when some row's
+    has grown by more than 8, so weights are at most 256. `edge`: whether not all keys are visible to all rows.
+    """
     score = dot(query, tl.trans(key), tl.zeros((query.shape[0], key.shape[0]), tl.float32))
-    score = tl.where(visible, score, float("-inf"))
-    peak = tl.maximum(highest, tl.max(score, 1) * LOG2_E)
-    base = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen nothing yet
+    # Of 64 rows both halves of a program have all scores; for the sake of a branch Triton would have them exchanged.
+    if query.shape[0] <= 64:  # noqa: SIM114
+        score = tl.where(visible, score, float("-inf"))
+    elif edge:
+        score = tl.where(visible, score, float("-inf"))
+    peak = tl.max(score, 1) * LOG2_E
+    grown = peak > highest + 8.0
+    if tl.max(grown.to(tl.int32), 0) != 0:
+        peak = tl.where(grown, peak, highest)
+        shrink = tl.where(grown, tl.exp2(highest - peak), 1.0)
+        highest, total, mixed = peak, total * shrink, mixed * shrink[:, None]
+    base = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
     weight = tl.exp2(score * LOG2_E - base[:, None])
-    shrink = tl.exp2(highest - base)
-    total = total * shrink + tl.sum(weight, 1)
-    mixed = dot(narrow(weight, value.dtype), value, mixed * shrink[:, None])
-    return peak, total, mixed
+    return highest, total + tl.sum(weight, 1), dot(narrow(weight, value.dtype), value, mixed)
 
 
 @triton.jit
@@ -152,14 +162,16 @@ def _attend_kernel(
         each = tl.cdiv(committed + own, SPLITS)
         from_tile, to_tile = split * each, tl.minimum((split + 1) * each, committed + own)
 
+        all_from, all_to = tl.max(low, 0), tl.min(high, 0)  # what every row sees
         highest = tl.full((BQ * LANES,), float("-inf"), tl.float32)
         total = tl.zeros((BQ * LANES,), tl.float32)
         mixed = tl.zeros((BQ * LANES, BD), tl.float32)
         for tile in range(from_tile, tl.minimum(to_tile, committed)):
-            position = begin + tile * BK + tl.arange(0, BK)
+            first = begin + tile * BK
+            position = first + tl.arange(0, BK)
             inside = position < end
             if PAGE % BK == 0:  # one page has the whole tile
-                page = tl.load(pages + segment * most + (begin + tile * BK) // PAGE).to(tl.int64)
+                page = tl.load(pages + segment * most + first // PAGE).to(tl.int64)
                 entry = (page * kv_heads + kv) * PAGE + position % PAGE
             else:
                 page = tl.load(pages + segment * most + position // PAGE, mask=inside, other=0).to(tl.int64)
@@ -168,21 +180,21 @@ def _attend_kernel(
             key = tl.load(pool_keys + here, mask=inside[:, None] & wide[None, :], other=0.0)
             value = tl.load(pool_values + here, mask=inside[:, None] & wide[None, :], other=0.0)
             visible = (position[None, :] >= low[:, None]) & (position[None, :] <= high[:, None])
-            highest, total, mixed = _step(query, key, value, visible, highest, total, mixed)
+            edge = (first < all_from) | (first + BK > all_to + 1)
+            highest, total, mixed = _step(query, key, value, edge, visible, highest, total, mixed)
         for tile in range(tl.maximum(from_tile, committed), to_tile):
-            spot = (tile - committed) * BK + tl.arange(0, BK)
+            first = (tile - committed) * BK
+            spot = first + tl.arange(0, BK)
             here = ((row + spot).to(tl.int64) * kv_heads + kv)[:, None] * D + width[None, :]
             key = tl.load(keys + here, mask=(spot < length)[:, None] & wide[None, :], other=0.0)
             value = tl.load(values + here, mask=(spot < length)[:, None] & wide[None, :], other=0.0)
-            visible = (spot < length)[None, :] & real[:, None]
-            highest, total, mixed = _step(query, key, value, visible, highest, total, mixed)
+            edge, visible = first + BK > length, (spot < length)[None, :]
+            highest, total, mixed = _step(query, key, value, edge, visible, highest, total, mixed)
 
-        if SPLITS == 1:
-            mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-            tl.store(out + there, narrow(mixed, out.dtype.element_ty), mask=real[:, None] & wide[None, :])
-        else:
-            part = split.to(tl.int64) * rows_in_all * heads
-            tl.store(out + part * D + there, mixed, mask=real[:, None] & wide[None, :])
+        mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+        part = split.to(tl.int64) * rows_in_all * heads
+        tl.store(out + part * D + there, narrow(mixed, out.dtype.element_ty), mask=real[:, None] & wide[None, :])
+        if SPLITS > 1:
             tl.store(peaks + part + places, highest, mask=real)
             tl.store(sums + part + places, total, mask=real)
 
@@ -203,8 +215,9 @@ def _merge_kernel(
     for part in tl.static_range(SPLITS):
         spot = part * tokens * heads + place
         share = tl.exp2(tl.load(peaks + spot, mask=inside, other=0.0) - highest)
-        total += tl.load(sums + spot, mask=inside, other=1.0) * share
-        mixed += tl.load(parts + spot * D + lanes % D, mask=inside, other=0.0) * share
+        share *= tl.load(sums + spot, mask=inside, other=1.0)
+        total += share
+        mixed += tl.load(parts + spot * D + lanes % D, mask=inside, other=0.0).to(tl.float32) * share
     put(out, scales, row, lanes, narrow(mixed / total, kind.dtype.element_ty), heads * D, FORM, SPAN)
 
 
@@ -231,7 +244,7 @@ def attend(
     parts = torch.empty_like(queries)
     peaks, sums = parts, parts
     if splits > 1:
-        parts = torch.empty(splits, rows, heads, width, device=queries.device)
+        parts = queries.new_empty(splits, rows, heads, width)
         peaks, sums = torch.empty(2, splits, rows, heads, device=queries.device)
     lanes, wide = power(heads // kv_heads), max(16, power(width))
     _attend_kernel[(len(plan.blocks), kv_heads, splits)](
