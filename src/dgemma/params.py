@@ -144,6 +144,14 @@ class SamplingParams:
             raise RequestError(f"t_max: {merged.t_max} is below t_min {merged.t_min}; the schedule runs downwards")
         return merged
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuses settings that name tokens which a model of so many words does not have."""
+        named = {"stop_token_ids": self.stop_token_ids, "logit_bias": tuple(dict(self.logit_bias))}
+        for name, tokens in named.items():
+            for token in tokens:
+                if token >= vocab_size:
+                    raise RequestError(f"{name}: token id {token} is outside the vocabulary of {vocab_size}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,3 +143,31 @@ def weights_on_disk(network: Any) -> dict[str, torch.Tensor]:
     from dgemma.checkpoint.names import disk_name
 
     return unfused({disk_name(name): tensor.detach() for name, tensor in network.state_dict().items()})
+
+
+def odd_widths(source: Path, target: Path) -> Path:
+    """A checkpoint whose experts are 20 wide."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    data = json.loads((source / "config.json").read_text())
+    data["text_config"]["moe_intermediate_size"] = 20
+    (target / "config.json").write_text(json.dumps(data))
+    tensors = tensors_of(source)
+    for name in [name for name in tensors if ".experts." in name]:
+        shape = (4, 40, 64) if name.endswith("gate_up_proj") else (4, 64, 20)
+        tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 8
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+class FileLimit:
+    """No file may grow beyond so many bytes: what a write to a full disk looks like from here."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __enter__(self) -> None:
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *error: object) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from few_bits import Formats, tensors_of, unfused
+from few_bits import FileLimit, Formats, odd_widths, tensors_of, unfused
 from safetensors.torch import save_file
 
 from dgemma.checkpoint import files, resumable
@@ -179,20 +177,6 @@ def test_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     quantize_checkpoint(source, tmp_path / "x", INT4, max_shard_bytes=SMALL)
 
 
-class FileLimit:
-    """No file may grow beyond so many bytes: what a write to a full disk looks like from here."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __enter__(self) -> None:
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *error: object) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
 def test_destinations_that_are_in_the_way(source: Path, tmp_path: Path) -> None:
     refused(source, source, CheckpointError, "exists; name a directory that does not")
     (tmp_path / "file").write_text("x")
@@ -214,20 +198,6 @@ def test_sources_that_are_damaged(source: Path, tmp_path: Path) -> None:
     del tensors["model.decoder.norm.weight"]
     save_file(tensors, tmp_path / "source" / "model.safetensors")
     refused(tmp_path / "source", tmp_path / "x", CheckpointError, "model.decoder.norm.weight is missing")
-
-
-def odd_widths(source: Path, target: Path) -> Path:
-    """A checkpoint whose experts are 20 wide."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))
-    data = json.loads((source / "config.json").read_text())
-    data["text_config"]["moe_intermediate_size"] = 20
-    (target / "config.json").write_text(json.dumps(data))
-    tensors = tensors_of(source)
-    for name in [name for name in tensors if ".experts." in name]:
-        shape = (4, 40, 64) if name.endswith("gate_up_proj") else (4, 64, 20)
-        tensors[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 8
-    save_file(tensors, target / "model.safetensors")
-    return target
 
 
 def test_widths_that_no_group_divides(source: Path, tmp_path: Path, load: Any) -> None:

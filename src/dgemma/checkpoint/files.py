@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 
@@ -30,6 +30,7 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _HEADER_LIMIT = 100_000_000  # as in the safetensors library: a corrupt length must not make us allocate it
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _BLOCK = 16 * 2**20
+_SAMPLES, _SAMPLE = 32, 1 << 16  # pieces of a file, and their bytes, that tell it from another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +99,31 @@ def read_header(path: Path) -> dict[str, Entry]:
         CheckpointError: the file can't be opened, is truncated, or its header makes no sense.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes; fetch it again)")
-            raw = file.read(length)
+            return check_header(path, file)[0]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def check_header(path: Path, file: BinaryIO) -> tuple[dict[str, Entry], Any]:
+    """The tensors of a safetensors file that is open at its start, and its metadata, which nobody has looked at.
+
+    Raises:
+        CheckpointError: as `read_header`; OSError: it can't be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(size - 8, _HEADER_LIMIT):
+        raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes; fetch it again)")
+    raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is corrupt ({_line(error)}; fetch the file again)") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is corrupt (no JSON object; fetch the file again)")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     position = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
@@ -124,7 +134,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         position = entry.stop
     if position != size:
         raise CheckpointError(f"{path}: {size - position} bytes at the end belong to no tensor; fetch it again")
-    return entries
+    return entries, metadata
 
 
 def read_into(entry: Entry, buffer: memoryview) -> None:
@@ -183,6 +193,20 @@ def same_content(one: Entry, other: Entry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(a == b for a, b in zip(read_blocks(one), read_blocks(other), strict=True))
+
+
+def read_samples(path: Path) -> Iterator[bytes]:
+    """A file's size, and pieces of it from the first byte to the last: what tells it from another of its kind.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    size = path.stat().st_size
+    yield f"{path.name} {size} ".encode()
+    with path.open("rb") as file:
+        for start in sorted({number * max(0, size - _SAMPLE) // (_SAMPLES - 1) for number in range(_SAMPLES)}):
+            file.seek(start)
+            yield file.read(_SAMPLE)
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -67,10 +67,16 @@ def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[byt
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         starts[name] = position
         position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    raw = len(raw).to_bytes(8, "little") + raw
+    raw = frame(header)
     return raw, {name: start + len(raw) for name, start in starts.items()}
+
+
+def frame(header: Mapping[str, Any], size: int | None = None) -> bytes:
+    """A header as a file's first bytes, filled up with blanks to a multiple of 8, or to `size` bytes."""
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8 if size is None else size - 8 - len(raw))
+    assert size in (None, len(raw) + 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 class Staging:
