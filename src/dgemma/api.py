@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint
 from .config import ModelConfig
-from .devices import check_offload, device_of, devices_of
+from .devices import check_keep_packed, check_offload, device_of, devices_of
 from .diffusion.generate import canvas_length, check_tokens
 from .engine import Engine, EngineSettings, Request, Status, Team, Ticket, answers
 from .errors import CapacityError, CheckpointError, ConfigError, RequestError
@@ -151,7 +151,7 @@ class Model:
         settings = params.resolve(self.generation)
         tokens = self.tokens_of(prompt, think=think, raw=raw, tools=tools)
         check_tokens(self.network, torch.tensor([tokens]))
-        self._check_ids(params)
+        params.check_ids(self.config.vocab_size)
         left = self.engine.limit - len(tokens)
         if left < 1:
             raise CapacityError(f"prompt: {len(tokens)} tokens leave no room in the context of {self.engine.limit}")
@@ -317,15 +317,6 @@ class Model:
             source=self.directory,
         )
 
-    def _check_ids(self, params: SamplingParams) -> None:
-        """Refuses settings that name tokens the model does not have."""
-        named = {"stop_token_ids": params.stop_token_ids, "logit_bias": tuple(dict(params.logit_bias))}
-        size = self.config.vocab_size
-        for name, tokens in named.items():
-            for token in tokens:
-                if token >= size:
-                    raise RequestError(f"{name}: token id {token} is outside the vocabulary of {size}")
-
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise CheckpointError(f"{self.directory / 'tokenizer.json'}: no such file; without it only token ids work")
@@ -341,6 +332,7 @@ def load(
     engine: EngineSettings | None = None,
     tensor_parallel: int = 1,
     offload: str | None = None,
+    keep_packed: bool = False,
 ) -> Model:
     """Loads a model.
 
@@ -353,6 +345,8 @@ def load(
         engine: how many requests run at once, and how much memory they may take.
         tensor_parallel: processes that share the network, until `Model.close`; the main module must be importable.
         offload: "experts": those that a GPU has no room for stay in host memory, and are streamed to it; None: none do.
+        keep_packed: of a model in few bits on a CPU, write the copy that later starts find and map, if there is none:
+            `checkpoint/kept.py`. Where that fails a warning says so, and the model is loaded all the same.
 
     Raises:
         ConfigError: an argument or `config.json` has a bad value.
@@ -368,6 +362,7 @@ def load(
     devices = [device] if tensor_parallel == 1 else devices_of(device, tensor_parallel)
     place = device_of(devices[0])
     check_offload(offload, place, tensor_parallel)
+    check_keep_packed(keep_packed, place, tensor_parallel)
     directory = checkpoint.resolve(name)
     config = ModelConfig.read(directory / "config.json")
     generation = GenerationConfig.read(directory / "generation_config.json")
@@ -377,7 +372,7 @@ def load(
     team = None if tensor_parallel == 1 else Team(directory, config, generation, devices, weights)
     try:
         network = team.load() if team else checkpoint.load_network(
-            directory, config, device=place, dtype=weights, offload=offload is not None
+            directory, config, device=place, dtype=weights, offload=offload is not None, keep_packed=keep_packed
         )  # fmt: skip
     except (torch.OutOfMemoryError, MemoryError):
         mend = "" if team or offload or place.type == "cpu" else '; offload="experts" (--offload experts) needs less'

@@ -64,3 +64,17 @@ def check_offload(offload: str | None, device: torch.device, ranks: int) -> None
         raise ConfigError("offload: a network in parts has all of its experts on its GPUs; drop one of the two")
     if device.type != "cuda":
         raise ConfigError("offload: on a CPU all weights are in host memory; drop it, or choose a GPU as the device")
+
+
+def check_keep_packed(keep: bool, device: torch.device, ranks: int) -> None:
+    """Refuses to keep a packed copy where none is used.
+
+    Args:
+        keep: whether one is asked for.
+        ranks: of the network.
+
+    Raises:
+        ConfigError: the network is on a GPU or in parts.
+    """
+    if keep and (device.type != "cpu" or ranks > 1):
+        raise ConfigError("keep_packed: is for one whole network on a CPU; drop it, or choose cpu as the device")

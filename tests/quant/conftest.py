@@ -25,6 +25,13 @@ def _one_warning_less() -> Any:
         yield
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where packed copies are kept, if a test keeps any."""
+    monkeypatch.setenv("DGEMMA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in float32, in several shards."""

@@ -1,15 +1,18 @@
-"""From what people call a model to the directory that holds it."""
+"""From what people call a model to the directory that holds it, and on to its packed copy."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import os
 import re
+import sys
 from pathlib import Path
 
 from ..errors import CheckpointError
 
 DEMO = "demo"
+CACHE = "DGEMMA_CACHE"
 # Weights in safetensors and text files only: a pickle is not even downloaded.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -42,6 +45,30 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     if match is None:
         raise CheckpointError(f"{text}: no such directory, and it is neither demo nor a Hugging Face id (owner/name)")
     return _download(text, match["id"], match["revision"])
+
+
+def copy_path(directory: Path) -> Path:
+    """Where the packed copy of a model directory is, if there is one (`kept.py`).
+
+    In the folder that the environment variable DGEMMA_CACHE names, else in one of the user's own.
+    """
+    whole = directory.resolve()
+    digest = hashlib.blake2b(os.fsencode(whole), digest_size=6).hexdigest()
+    return _cache() / f"{whole.name[:40]}-{digest}.safetensors"
+
+
+def _cache() -> Path:
+    """Where programs keep on this system what they can make again."""
+    if given := os.environ.get(CACHE):
+        return Path(given).absolute()
+    home = Path(os.path.expanduser("~"))  # stays "~" where there is none, which is then nobody's folder
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return base / "dgemma"
 
 
 def _demo() -> Path:

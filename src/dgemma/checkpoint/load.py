@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ..quant import Quantized, quantize
 from ..quant.codec import decode, plain_part
 from .files import FLOATS, Entry, expect, read_into
 from .inventory import Inventory, Piece, Weight, take_inventory
+from .keeper import Keeper, at_hand
 from .names import VisionIgnored
 
 TYPES = {code: getattr(torch, name) for code, name in FLOATS.items()} | {
@@ -40,13 +43,14 @@ def load_network(
     dequantize: bool = False,
     ranks: Ranks | None = None,
     offload: bool = False,
+    keep_packed: bool = False,
 ) -> Network:
     """Builds the network and fills it from the directory's safetensors files, strictly and in bounded memory.
 
     At most the network and one more tensor (as it is on disk) are in memory at any time. Every check that needs no
     tensor's content is done before the first one is read. Weights in few bits stay so (`kernels.cpu.Weight`). What the
     CPU kernels do not multiply with becomes int8 on a CPU: FP8 with a scale a row, groups of other sizes with one for
-    each 32.
+    each 32. A whole network on a CPU is mapped instead where there is a valid packed copy (`kept.py`).
 
     Args:
         directory: where the weights are; see `files.find_weights`.
@@ -58,27 +62,67 @@ def load_network(
         ranks: for a network in parts, this process's place: of each matrix only its own part is kept.
         offload: leave the experts in host memory, as they are on disk, and stream them to the device
             (`model/offload.py`); not for a network in parts, nor one that is made floating-point.
+        keep_packed: make a packed copy for later starts if there is no valid one; of a whole network in few bits, on a
+            CPU.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or type, differs from the tensor it is
             a copy of, or a norm, scalar or scale is not finite; or a file is damaged. Names the tensor and the file.
-        ConfigError: `quantization_config` is missing, or describes what is not read.
+        ConfigError: `quantization_config` is missing, or describes what is not read; or a packed copy is asked for of
+            a model without weights in few bits.
         CapacityError: the weights do not fit the device's memory, or the host's; said before any of it is taken.
 
     Warns:
         VisionIgnored: once, when the files also hold weights for images.
+        PackedCopyUnused: there is a packed copy that is not valid, or none is made though it is asked for.
     """
     dtype = config_dtype(config) if dtype is None else dtype
-    device = torch.device(device)
+    device, directory = torch.device(device), Path(directory)
     network = empty_network(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = take_inventory(Path(directory), config, shapes)
-    assert not (offload and (ranks or dequantize))
+    mappable = device.type == "cpu" and ranks is None and not dequantize
+    assert not (offload and (ranks or dequantize)) and (mappable or not keep_packed)
+    with contextlib.ExitStack() as stack:
+        keeper = None
+        if mappable:
+            copy = stack.enter_context(at_hand(directory, dtype, shapes, keep=keep_packed))
+            if isinstance(copy, Keeper):
+                keeper = copy
+            elif copy is not None:
+                for name, held in copy.weights.items():
+                    _put(network, name, held)
+                _say_vision(directory, copy.vision)
+                return network
+        found = take_inventory(directory, config, shapes)
+        if keep_packed and not found.quantized:
+            raise ConfigError(
+                "keep_packed: no weight of the model is in few bits; `dgemma quantize` makes a copy of it"
+            )
+        _check_room(found, device, dtype, dequantize, 1 if ranks is None else ranks.size, offload)
+        if ranks is not None:
+            network = empty_network(config, ranks)
+        found.check_copies()
+        if keeper is not None:
+            nbytes = sum(weight.memory(dtype.itemsize) for weight in found.weights.values())
+            keeper.begin(found.weights, nbytes, len(found.vision))
+        for name, weight in _weights(found, device, dtype, dequantize, ranks, offload):
+            _put(network, name, weight)
+            if keeper is not None:
+                keeper.add(name, weight)
+        if keeper is not None:
+            keeper.finish()
+    if offload:
+        experts = [module for module in network.modules() if isinstance(module, Experts)]
+        network.expert_stream = ExpertStream(experts, device)
+    _say_vision(directory, len(found.vision))
+    return network
+
+
+def _weights(
+    found: Inventory, device: torch.device, dtype: torch.dtype, dequantize: bool, ranks: Ranks | None, offload: bool
+) -> Iterator[tuple[str, torch.Tensor | cpu.Weight]]:
+    """Every weight by its name in the network, as it is held; see `load_network`."""
     away = {name for name in found.weights if _is_experts(name)} if offload else set()
-    _check_room(found, device, dtype, dequantize, 1 if ranks is None else ranks.size, offload)
-    if ranks is not None:
-        network = empty_network(config, ranks)
-    found.check_copies()
     converted = {
         name
         for name, weight in found.weights.items()
@@ -93,29 +137,19 @@ def load_network(
     for (name, weight), (_, following) in zip(order, [*order[1:], order[-1]], strict=True):
         expect(entry for piece in following.pieces for entry in piece.parts.values())
         if name in away:
-            _put(network, name, shelved(_away(weight, buffer, dtype), device))
+            yield name, shelved(_away(weight, buffer, dtype), device)
         elif ranks is not None:
-            _put(network, name, _part(weight, name, ranks, device, dtype))
+            yield name, _part(weight, name, ranks, device, dtype)
         elif weight.layout is None:
-            _put(network, name, _floating(weight, buffer if name in converted else None, device, dtype))
+            yield name, _floating(weight, buffer if name in converted else None, device, dtype)
         elif dequantize:
             whole = torch.empty(weight.shape, dtype=dtype, device=device)
             for piece in weight.pieces:
                 whole[piece.where] = read_quantized(piece).dequantize().to(device=device, dtype=dtype)
-            _put(network, name, whole)
+            yield name, whole
         else:
             held = _quantized(weight, device)
-            _put(network, name, cpu.pack(held) if device.type == "cpu" else held)
-    if offload:
-        experts = [module for module in network.modules() if isinstance(module, Experts)]
-        network.expert_stream = ExpertStream(experts, device)
-    if found.vision:
-        warnings.warn(
-            f"{directory}: left {len(found.vision)} tensors for images on disk; text works, images do not",
-            VisionIgnored,
-            stacklevel=2,
-        )
-    return network
+            yield name, cpu.pack(held) if device.type == "cpu" else held
 
 
 def empty_network(config: ModelConfig, ranks: Ranks | None = None) -> Network:
@@ -175,6 +209,15 @@ def read_quantized(piece: Piece, target: Quantized | None = None) -> Quantized:
         return decode(piece.layout, tensors, (rows, width))
     except CheckpointError as error:
         raise CheckpointError(f"{next(iter(piece.parts.values())).path}: {piece.module}.{error}") from None
+
+
+def _say_vision(directory: Path, count: int) -> None:
+    if count:
+        warnings.warn(
+            f"{directory}: left {count} tensors for images on disk; text works, images do not",
+            VisionIgnored,
+            stacklevel=3,
+        )
 
 
 def _is_experts(name: str) -> bool:

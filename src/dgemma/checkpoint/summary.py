@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ModelConfig
+from ..errors import CheckpointError
 from ..memory import machine_memory
 from ..quant import FORMATS, Policy
 from ..quant.layouts import SCALE, ZERO
 from ..quant.scheme import Scheme
 from .files import Entry, find_weights, has_weights
+from .hub import copy_path
 from .names import Kind, Place, classify, place
 from .scheme import read_scheme
 
@@ -43,6 +45,15 @@ class FormatMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyFile:
+    """A model's packed copy: its path, bytes on disk, and why it is not used, None if it is."""
+
+    path: Path
+    nbytes: int
+    problem: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """A model directory in figures.
 
@@ -57,6 +68,7 @@ class Summary:
         scheme: of weights in few bits; None where there are none.
         memory: one entry a format, float32 to int4; before them, where the weights are in few bits, "as stored".
         machine_memory: bytes of this machine's memory, None where it cannot be told.
+        packed: the packed copy that a CPU maps (`kept.py`); None: there is none.
     """
 
     directory: Path
@@ -72,6 +84,7 @@ class Summary:
     scheme: Scheme | None
     memory: tuple[FormatMemory, ...]
     machine_memory: int | None
+    packed: CopyFile | None
 
     @property
     def stored_bytes(self) -> int:
@@ -116,7 +129,22 @@ def summarize(directory: Path, *, context: int = CONTEXT) -> Summary:
         scheme=scheme,
         memory=tuple(memory),
         machine_memory=machine,
+        packed=_packed(directory),
     )
+
+
+def _packed(directory: Path) -> CopyFile | None:
+    path = copy_path(directory)
+    if not path.is_file():
+        return None
+    from .kept import open_copy  # with torch, which takes its second only where there is a copy
+
+    try:
+        open_copy(directory)
+        problem = None
+    except CheckpointError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+    return CopyFile(path=path, nbytes=path.stat().st_size, problem=problem)
 
 
 def format_memory(config: ModelConfig, name: str, context: int, machine: int | None) -> FormatMemory:

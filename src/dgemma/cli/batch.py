@@ -163,10 +163,12 @@ def _run(settings: BatchSettings, values: dict[str, Any]) -> Summary:
     if values["tensor_parallel"] > 1 and (values["ray"] is not None or (values["workers"] or 1) > 1):
         raise BadInput("--tensor-parallel: one network is all that answers then; drop --ray and --workers")
     cluster = None if values["ray"] is None else _cluster(values)
-    if values["offload"] is not None and (cluster is None or values["device"] == "cpu"):  # else the workers find out
-        from ..devices import check_offload, device_of
+    if (values["offload"] or values["keep_packed"]) and (cluster is None or values["device"] == "cpu"):
+        from ..devices import check_keep_packed, check_offload, device_of  # else the workers find out
 
-        check_offload(values["offload"], device_of(values["device"]), values["tensor_parallel"])
+        device = device_of(values["device"])
+        check_offload(values["offload"], device, values["tensor_parallel"])
+        check_keep_packed(values["keep_packed"], device, values["tensor_parallel"])
 
     def load() -> Model | list[Callable[[], Model]] | Cluster:
         import dgemma
@@ -211,7 +213,7 @@ def _cluster(values: dict[str, Any]) -> Cluster:
         model = os.path.abspath(model)
     return Cluster(
         address=values["ray"],
-        load=partial(dgemma.load, model, dtype=values["dtype"], engine=engine, offload=values["offload"]),
+        load=partial(dgemma.load, model, engine=engine, **{n: values[n] for n in ("dtype", "offload", "keep_packed")}),
         workers=values["workers"],
         device=values["device"],
         threads=values["threads"],

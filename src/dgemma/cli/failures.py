@@ -32,6 +32,7 @@ FLAGS = {
     "threads": "--threads",
     "tensor_parallel": "--tensor-parallel",
     "offload": "--offload",
+    "keep_packed": "--keep-packed",
     "model": "--model",
     "think": "--think",
     "raw": "--raw",

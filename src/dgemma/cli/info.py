@@ -71,6 +71,13 @@ def _as_json(model: str, summary: Summary, gpus: list[tuple[str, int]]) -> dict[
         "bytes_on_disk": summary.stored_bytes,
         "bytes_on_disk_by_type": summary.stored,
         "quantized": None if summary.scheme is None else str(summary.scheme),
+        "packed_copy": None
+        if summary.packed is None
+        else {
+            "path": str(summary.packed.path),
+            "bytes": summary.packed.nbytes,
+            "problem": summary.packed.problem,
+        },
         "cache_tokens": summary.context,
         "machine_memory_bytes": summary.machine_memory,
         "gpus": [{"name": name, "memory_bytes": count} for name, count in gpus],
@@ -104,6 +111,7 @@ def _as_text(model: str, summary: Summary, gpus: list[tuple[str, int]]) -> list[
     ]  # fmt: skip
     if summary.scheme is not None:
         rows.append(("in few bits", f"{summary.scheme}"))
+        rows.append(("packed copy", _packed_copy(summary)))
     lines = [f"{name:<12}{value}" for name, value in rows]
     lines += ["", "parameters by part"]
     lines += [f"  {name:<20}{_count(count):>9}{_share(count, summary)}" for name, count in summary.parameters.items()]
@@ -133,6 +141,15 @@ def _on_disk(summary: Summary) -> str:
     plural = "file" if summary.files == 1 else "files"
     whole = f"{bytes_in_words(summary.stored_bytes)} in {summary.files:,} {plural} ({types})"
     return f"{whole}; {summary.tensors:,} tensors{vision}"
+
+
+def _packed_copy(summary: Summary) -> str:
+    """For whoever loads it on a CPU, or wants the room back."""
+    copy = summary.packed
+    if copy is None:
+        return "none; --keep-packed makes one, with which a CPU starts at once"
+    known = "" if copy.problem is None else f"; not used: it {copy.problem}"
+    return f"{bytes_in_words(copy.nbytes)}, {visible(str(copy.path))}{known}"
 
 
 def _share(count: int, summary: Summary) -> str:

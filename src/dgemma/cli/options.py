@@ -48,6 +48,8 @@ MODEL_FLAGS = (
                  help="Processes that hold the model together, one a GPU.  [default: 1]"),
     click.option("--offload", type=click.Choice(OFFLOADS),
                  help="Keep in host memory what a GPU has no room for, and stream it there in each step."),
+    click.option("--keep-packed", is_flag=True,
+                 help="Keep a copy in few bits on the disk in the CPU's own form, which later starts map at once."),
 )  # fmt: skip
 
 SEED_FLAG = click.option("--seed", type=int, metavar="N", help="Same seed, same answer; left out, one is drawn.")
@@ -137,5 +139,6 @@ def open_model(values: Mapping[str, Any]) -> Model:
 def load_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the flags say of how a model is loaded, as `dgemma.load` takes it."""
     settings = {name: values[name] for name in ("device", "dtype", "threads")}
-    given = {"tensor_parallel": values["tensor_parallel"], "offload": values["offload"]}
-    return settings | {name: value for name, value in given.items() if value not in (1, None)}
+    if values["tensor_parallel"] > 1:
+        settings["tensor_parallel"] = values["tensor_parallel"]
+    return settings | {name: values[name] for name in ("offload", "keep_packed") if values[name]}

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from ..quant import Quantized
 from . import native
 
+# Of what is kept on disk: changes with the layout, and with what loading makes of a weight on the way to it.
+LAYOUT = 1
 LANES, CHUNK = 16, 32  # outputs of a tile, inputs of a chunk: csrc/kernels.h
 MOST_INPUTS = 1 << 16  # with which 32 bits hold every sum
 
