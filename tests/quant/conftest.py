@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from few_bits import SPEC, Formats
 
 from dgemma.checkpoint import VisionIgnored, load_network
+from dgemma.checkpoint.kept import PackedCopyUnused
 from dgemma.checkpoint.quantize import quantize_checkpoint
 from dgemma.config import ModelConfig
 from dgemma.quant import Policy
@@ -22,6 +24,7 @@ def _one_warning_less() -> Any:
     """These checkpoints have a vision tower, as the release does; each load says that it stays on disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VisionIgnored)
+        warnings.simplefilter("error", PackedCopyUnused)  # said only where a test asks for it
         yield
 
 
@@ -63,3 +66,9 @@ def load() -> Callable[..., Any]:
         return load_network(directory, config, **{"dtype": torch.float32, **options})
 
     return call
+
+
+@pytest.fixture
+def model(copies: Formats, tmp_path: Path) -> Path:
+    """An int4 checkpoint of the test's own."""
+    return Path(shutil.copytree(copies("int4"), tmp_path / "model"))
