@@ -3,6 +3,7 @@
     python benchmarks/cpu_step.py layers6 [DIRECTORY]    a step of the first 6 layers beside transformers in bfloat16
     python benchmarks/cpu_step.py encode [DIRECTORY]     prompt tokens a second, 6 layers, beside transformers
     python benchmarks/cpu_step.py whole DIRECTORY        all layers: load, seconds a step, memory, where the time goes
+    python benchmarks/cpu_step.py restart DIRECTORY      starts: from the files, keeping a packed copy, mapping it
 
 Random weights at real sizes, as `make_26b.py` writes them; without DIRECTORY it is called first. They measure time and
 memory and say nothing of text; routing is near uniform and no word is unlikely, the worst case of both. A step is all
@@ -10,7 +11,9 @@ of it: the network's forward, the vocabulary's statistics, sampling, acceptance,
 Ours runs in the engine; transformers in its own `generate`, on the same weights made bfloat16 (`--peer float32` where a
 processor has no arithmetic for that). The two are processes that take turns; ratios are medians of pairs. Memory is the
 process's own maximum (VmHWM), loading included. The peak is that of our own products on weights that stay in caches,
-in the same run. Raw records are written under benchmarks/results/; the last line of output is one JSON object.
+in the same run. `restart` keeps its copy beside DIRECTORY, as large once more, for as long as it runs; "cold" is with
+all files dropped from memory first, which takes root. Raw records are written under benchmarks/results/; the last line
+of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,12 +40,16 @@ SIDES = ("dgemma", "transformers")
 
 
 class Worker:
-    """One side, in a process of its own."""
+    """One side, in a process of its own; it finds no packed copy but in `cache`."""
 
-    def __init__(self, side: str, directory: Path, dtype: str):
+    def __init__(self, side: str, directory: Path, dtype: str, cache: str = os.devnull):
+        started = time.perf_counter()
         command = [sys.executable, str(HERE / "cpu_workers.py"), side, str(directory), dtype]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"DGEMMA_CACHE": cache}
+        )
         self.side, self.loaded = side, self._answer()
+        self.started = time.perf_counter() - started
 
     def ask(self, *words: object) -> dict[str, Any]:
         """Sends a command and waits for what it brings."""
@@ -163,6 +172,46 @@ def whole(results: Results, options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def restart(results: Results, options: argparse.Namespace) -> dict[str, Any]:
+    """From a process's begin to its first step, without, while and with a packed copy; and two processes with one."""
+    if options.directory is None:
+        raise SystemExit("restart: needs a directory; benchmarks/make_26b.py writes one")
+    figures: dict[str, Any] = {"layers": ModelConfig.read(options.directory / "config.json").num_layers}
+    with tempfile.TemporaryDirectory(dir=options.directory.parent) as cache:
+
+        def start(name: str, side: str, cold: bool) -> Worker:
+            if cold:
+                os.sync()
+                Path("/proc/sys/vm/drop_caches").write_text("1")
+            worker = Worker(side, options.directory, options.peer, cache)
+            loaded, steps = worker.loaded, worker.ask("steps", options.steps, 0)
+            found = {
+                "process_seconds": worker.started,
+                "load_seconds": loaded["loaded"],
+                "first_step_seconds": steps["first"],
+                "step_seconds": statistics.median(steps["seconds"]),
+                "most_gb": steps["most"] / 1e9,
+            }
+            results.add(section=name, **found)
+            for figure, value in found.items():
+                figures.setdefault(f"{name}_{figure}", []).append(value)
+            return worker
+
+        start("files", SIDES[0], True).close()
+        start("keeping", "keeping", True).close()
+        figures["copy_gb"] = sum(path.stat().st_size for path in Path(cache).iterdir()) / 1e9
+        for _ in range(options.rounds):
+            start("cold", SIDES[0], True).close()
+            start("warm", SIDES[0], False).close()
+        both = [start(name, SIDES[0], False) for name in ("one", "beside_it")]
+        shares = [worker.ask("shared") for worker in both]
+        for kind in ("own", "files", "share"):
+            figures[f"two_processes_{kind}_gb"] = [share[kind] / 1e9 for share in shares]
+        for worker in both:
+            worker.close()
+    return figures
+
+
 def operations(config: ModelConfig) -> dict[str, float]:
     """10^9 operations of a step by part, a multiplication and its addition being two; attention itself left out."""
     sizes, length = config.parameters(), config.canvas_length
@@ -209,7 +258,7 @@ def _told(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-MODES = {"layers6": layers6, "encode": encode, "whole": whole}
+MODES = {"layers6": layers6, "encode": encode, "whole": whole, "restart": restart}
 
 
 def main() -> None:

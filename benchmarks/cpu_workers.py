@@ -1,10 +1,11 @@
 """The two sides of `cpu_step.py`, each a process of its own that works only while it is asked to.
 
-    python benchmarks/cpu_workers.py dgemma|transformers DIRECTORY [DTYPE]
+    python benchmarks/cpu_workers.py dgemma|keeping|transformers DIRECTORY [DTYPE]
 
 Reads one command a line, answers each with one JSON object on stdout: `steps N SEED`, `encode N SEED`, `scores FILE`,
-and for dgemma `parts N SEED` and `peak ROUNDS`. Both sides have the same weights: transformers gets, in bfloat16 or in
-DTYPE, the numbers that the values in few bits stand for.
+and for dgemma `parts N SEED`, `peak ROUNDS` and `shared`. The side `keeping` is dgemma that keeps a packed copy. Both
+sides have the same weights: transformers gets, in bfloat16 or in DTYPE, the numbers that the values in few bits stand
+for.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ def tokens(config: ModelConfig, count: int, seed: int) -> torch.Tensor:
 class Ours:
     """dgemma, through the engine."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, keep: bool):
         settings = EngineSettings(max_batch=1, max_model_len=CONTEXT, step_tokens=CONTEXT, prefix_reuse=False)
-        self.model = dgemma.load(directory, device="cpu", engine=settings)
+        self.model = dgemma.load(directory, device="cpu", engine=settings, keep_packed=keep)
         self.config = self.model.config
 
     def steps(self, count: int, seed: int) -> dict[str, Any]:
-        """A canvas of so many steps; seconds of each but the first, which encodes the prompt too."""
+        """A canvas of so many steps; seconds of the first, which encodes the prompt too, and of each after it."""
         params = SamplingParams(
             seed=seed, max_new_tokens=self.config.canvas_length, max_denoising_steps=count, confidence_threshold=1e-9
         )
@@ -64,7 +65,15 @@ class Ours:
         for event in self.model.submit(prompt, params, drafts=True):
             if isinstance(event, dgemma.Draft):
                 times.append(time.perf_counter())
-        return {"seconds": [after - before for before, after in itertools.pairwise(times[1:])]}
+        first, *seconds = [after - before for before, after in itertools.pairwise(times)]
+        return {"first": first, "seconds": seconds}
+
+    def shared(self) -> dict[str, Any]:
+        """Bytes that are its own, bytes of mapped files, and all of that with its share of what others have too."""
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+        found = dict(re.findall(r"^(Pss|Anonymous):\s+(\d+) kB", rollup, re.MULTILINE))
+        own = {"own": int(found["Anonymous"]) * 1024, "share": int(found["Pss"]) * 1024}
+        return own | {"files": memory("RssFile")}
 
     def encode(self, count: int, seed: int) -> dict[str, Any]:
         """A prompt of so many tokens, and the one token that follows it."""
@@ -223,7 +232,7 @@ def main() -> None:
     side, directory = sys.argv[1], Path(sys.argv[2])
     started = time.perf_counter()
     dtype = getattr(torch, sys.argv[3] if len(sys.argv) > 3 else "bfloat16")
-    worker: Any = Ours(directory) if side == "dgemma" else Theirs(directory, dtype)
+    worker: Any = Theirs(directory, dtype) if side == "transformers" else Ours(directory, side == "keeping")
     answer: dict[str, Any] = {"loaded": time.perf_counter() - started}
     while True:
         sys.stdout.write(json.dumps(answer | {"most": memory("VmHWM"), "now": memory("VmRSS")}) + "\n")

@@ -142,7 +142,7 @@ def open_copy(directory: Path) -> PackedCopy | None:
             entries, about = check_header(path, file)
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         source = source_digest(directory)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
