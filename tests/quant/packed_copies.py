@@ -42,7 +42,10 @@ def mapping(path: Path, process: int | str = "self") -> dict[str, str]:
 
 
 def packed_of(network: Any) -> list[torch.Tensor]:
-    return [part for _, weight in sorted(network.quantized().items()) for part in (weight.data, weight.scales)]
+    """The bytes of its matrices in few bits."""
+    return [
+        part.view(torch.uint8) for _, weight in sorted(network.quantized().items()) for part in weight.tensors.values()
+    ]
 
 
 def is_mapped(network: Any, path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from few_bits import Formats, distance, look, package_copy, tensors_of, unfused, weights_on_disk
+from packed_copies import left_in, same
 from safetensors.torch import save_file
 
 from dgemma.checkpoint import summarize
@@ -63,7 +64,7 @@ SCHEMES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", list(SCHEMES))
-def test_files_of_the_package_load_here(name: str, source: Path, tmp_path: Path, load: Any) -> None:
+def test_files_of_the_package_load_here(name: str, source: Path, tmp_path: Path, load: Any, cache: Path) -> None:
     """Weight for weight what the package makes of them itself, and the network runs on them."""
     make, fmt = SCHEMES[name]
     wanted = package_copy(source, tmp_path / "copy", make(), fmt)
@@ -74,6 +75,8 @@ def test_files_of_the_package_load_here(name: str, source: Path, tmp_path: Path,
         assert torch.allclose(found[module], weight, rtol=2e-7 if fmt.startswith("nvfp4") else 0, atol=0), module
     network = load(tmp_path / "copy")
     assert len(network.quantized()) == 17
+    load(tmp_path / "copy", keep_packed=True)
+    assert len(left_in(cache)) == 1 and same(load(tmp_path / "copy"), network)
     if name == "nvfp4":  # in 4 bits, and nothing is lost by that
         held, exact = network.quantized(), load(tmp_path / "copy", dequantize=True).state_dict()
         assert all(own.bits == 4 and torch.equal(own.dequantize(), exact[path]) for path, own in held.items())

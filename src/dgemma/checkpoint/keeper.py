@@ -127,14 +127,17 @@ class Keeper:
             return
         if isinstance(weight, Packed):
             self._few[name] = (weight.bits, weight.group)
-            self._write(f"{name}.data", weight.data)
-            self._write(f"{name}.scales", weight.scales)
-        elif not isinstance(weight, Tensor):
-            self._give_up(f"the compiled kernels have no layout for {name}")
-        elif weight.nbytes % ALIGNED:
-            self._odd.append((name, weight))
+            parts = {f"{name}.{part}": tensor for part, tensor in weight.tensors.items()}
+        elif isinstance(weight, Tensor):
+            parts = {name: weight}
         else:
-            self._write(name, weight)
+            self._give_up(f"the compiled kernels have no layout for {name}")
+            return
+        for part, tensor in parts.items():
+            if tensor.nbytes % ALIGNED:
+                self._odd.append((part, tensor))
+            else:
+                self._write(part, tensor)
 
     def finish(self) -> None:
         """Gives the copy its name, now that every weight is there."""

@@ -1,9 +1,9 @@
 """The packed copy: a network's weights as a CPU holds them, in one file that is mapped instead of read.
 
-One safetensors file in the user's cache directory (`hub.copy_path`). Of a weight in few bits it has `NAME.data` and
-`NAME.scales` (`kernels.packed.Packed`), of any other `NAME`, in the type that the network computes in. Its metadata
-say what it is a copy of. What takes a multiple of 64 bytes starts at one, as torch's own memory does (products may
-round otherwise elsewhere); the rest, a few numbers, comes last and is copied to memory.
+One safetensors file in the user's cache directory (`hub.copy_path`). Of a weight in few bits it has `NAME.data`,
+`NAME.scales` and so on (`kernels.packed.Packed`), of any other `NAME`, in the type that the network computes in. Its
+metadata say what it is a copy of. What takes a multiple of 64 bytes starts at one, as torch's own memory does (products
+may round otherwise elsewhere); the rest, a few numbers, comes last and is copied to memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 
 from ..errors import CapacityError, CheckpointError
-from ..kernels.packed import CHUNK, LAYOUT, Packed
+from ..kernels.packed import CHUNK, LAYOUT, Packed, is_nvfp4
 from ..memory import machine_memory
 from .files import FLOATS, INDEX, Entry, check_header, read_samples
 from .hub import copy_path
 
 FORMAT = "dgemma-packed"
 ALIGNED = 64  # bytes
-CODES = {getattr(torch, name): code for code, name in FLOATS.items()} | {torch.uint8: "U8"}
+CODES = {getattr(torch, name): code for code, name in FLOATS.items()} | {
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 _STEP = 1 << 28  # bytes that are fetched at a time; between two of them Ctrl-C is heard
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which the mmap module does not name
 
@@ -111,16 +114,11 @@ class PackedCopy:
                 found[name] = take(name, dtype, shape)
                 continue
             bits, group = self.few[name]
-            if bits not in (4, 8) or (group is not None and (group <= 0 or group % CHUNK or shape[-1] % group)):
+            grouped = group is None or (group > 0 and (group % CHUNK == 0 or is_nvfp4(bits, group)))
+            if bits not in (4, 8) or not grouped or shape[-1] % (group or 1):
                 raise _damaged(self.path)
-            data, scales = Packed.sizes(shape, bits, group)
-            found[name] = Packed(
-                bits=bits,
-                group=group,
-                shape=shape,
-                data=take(f"{name}.data", torch.uint8, data),
-                scales=take(f"{name}.scales", torch.float32, scales),
-            )
+            parts = {part: take(f"{name}.{part}", *what) for part, what in Packed.parts(shape, bits, group).items()}
+            found[name] = Packed(bits=bits, group=group, shape=shape, **parts)
         if left or self.few.keys() - shapes.keys():
             raise _damaged(self.path)
         room = machine_memory()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..quant import Quantized
+from ..quant.layouts import NVFP4_GROUP
 from . import native
 
 # Of what is kept on disk: changes with the layout, and with what loading makes of a weight on the way to it.
@@ -38,21 +39,31 @@ class Packed:
     shape: tuple[int, ...]
     data: Tensor
     scales: Tensor
-    factors: Tensor | None
+    factors: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.data.shape == self.sizes(self.shape, self.bits, self.group)[0]
-        assert self.scales.shape == self.sizes(self.shape, self.bits, self.group)[1]
-        assert self.data.dtype == torch.uint8
-        assert self.scales.dtype == (torch.float32 if self.factors is None else torch.float8_e4m3fn)
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        assert found == self.parts(self.shape, self.bits, self.group)
 
     @staticmethod
-    def sizes(shape: tuple[int, ...], bits: int, group: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of `data` and `scales` for a matrix of some shape."""
+    def parts(shape: tuple[int, ...], bits: int, group: int | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Types and shapes of the tensors that a matrix of some shape is made of, by field."""
         *count, outputs, inputs = shape
         tiles, chunks = -(-outputs // LANES), -(-inputs // CHUNK)
-        head = (count[0] if count else 1, tiles)
-        return (*head, chunks * CHUNK * LANES * bits // 8), (*head, inputs // group if group else 1, LANES)
+        head, two_scales = (count[0] if count else 1, tiles), is_nvfp4(bits, group)
+        parts = {
+            "data": (torch.uint8, (*head, chunks * CHUNK * LANES * bits // 8)),
+            "scales": (
+                torch.float8_e4m3fn if two_scales else torch.float32,
+                (*head, inputs // group if group else 1, LANES),
+            ),
+        }
+        return parts | ({"factors": (torch.float32, (*head, LANES))} if two_scales else {})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def dequantize(self) -> Tensor:
         """Value times scale: float32, as `shape` says."""
@@ -61,7 +72,7 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Memory of values and scales."""
-        return self.data.nbytes + self.scales.nbytes + (0 if self.factors is None else self.factors.nbytes)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def c(self) -> native.Matrix:
@@ -90,10 +101,15 @@ class Packed:
         return Quantized(bits=self.bits, group=self.group, data=data, scales=scales, factors=factors)
 
 
+def is_nvfp4(bits: int, group: int | None) -> bool:
+    """Whether a packed weight is NVFP4: those of whole numbers have groups of whole chunks."""
+    return bits == 4 and group == NVFP4_GROUP
+
+
 def can_pack(weight: Quantized) -> bool:
     """Whether the compiled kernels have a layout for it: NVFP4; whole numbers in groups of whole chunks."""
-    whole = weight.group is None or weight.group % CHUNK == 0
-    return (weight.form == "nvfp4" or (whole and not weight.floating)) and weight.shape[-1] <= MOST_INPUTS
+    whole = not weight.floating and (weight.group is None or weight.group % CHUNK == 0)
+    return (whole or weight.form == "nvfp4") and weight.shape[-1] <= MOST_INPUTS
 
 
 def pack(weight: Quantized) -> Packed | Quantized:
@@ -105,16 +121,16 @@ def pack(weight: Quantized) -> Packed | Quantized:
     library = native.library()
     if library is None or not can_pack(weight):
         return weight
-    data, scales = Packed.sizes(weight.shape, weight.bits, weight.group)
+    parts = Packed.parts(weight.shape, weight.bits, weight.group)
     factors = weight.factors
     if factors is not None:
-        factors = F.pad(factors[..., 0], (0, -weight.shape[-2] % LANES)).view(*data[:2], LANES).contiguous()
+        factors = F.pad(factors[..., 0], (0, -weight.shape[-2] % LANES)).view(parts["factors"][1]).contiguous()
     packed = Packed(
         bits=weight.bits,
         group=weight.group,
         shape=weight.shape,
-        data=torch.empty(data, dtype=torch.uint8),
-        scales=torch.empty(scales, dtype=weight.scales.dtype),
+        data=torch.empty(parts["data"][1], dtype=parts["data"][0]),
+        scales=torch.empty(parts["scales"][1], dtype=parts["scales"][0]),
         factors=factors,
     )
     values, own = weight.data.contiguous(), weight.scales.contiguous()
