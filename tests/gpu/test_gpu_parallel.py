@@ -14,7 +14,7 @@ from engines import words
 from tiny import Spec, build
 
 SPEC = Spec(name="ranks", layers="sf", window=6, canvas=8, vocab=51, experts=5, seed=22)
-CALM: dict[str, Any] = {"max_denoising_steps": 2, "canvas_length": 5, "max_new_tokens": 8}
+CALM: dict[str, Any] = {"max_denoising_steps": 2, "canvas_length": 5, "max_new_tokens": 5}
 REQUESTS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0, "stop_at_end": True},
@@ -25,7 +25,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 def answers(model: dgemma.Model, count: int) -> list[Any]:
     work = [
-        (list(words(SPEC, 3 + 9 * n, n)), SamplingParams(**{"seed": n, **CALM, **own}))
+        (list(words(SPEC, 3 + 3 * n, n)), SamplingParams(**{"seed": n, **CALM, **own}))
         for n, own in enumerate(REQUESTS[:count])
     ]
     return [(result.tokens, result.stats.steps_per_canvas) for result in model.map(work)]
