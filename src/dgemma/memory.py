@@ -11,6 +11,11 @@ from pathlib import Path
 BUFFERS = 2  # on a device, that layers' experts are streamed through in turns
 
 
+def in_words(count: int) -> str:
+    """Bytes for people: "13.8 GB", and "2.3 MB" where that would be "0.0 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
+
+
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far; 0 where the system does not tell."""
     try:

@@ -219,7 +219,7 @@ def test_a_disk_that_takes_nothing(
     if case == "no room":
         free = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr("dgemma.checkpoint.keeper.shutil.disk_usage", lambda _: free)
-        why = "it takes 0.0 GB, the disk has 0.0 free"
+        why = r"it takes 0\.\d MB, the disk has 0\.0 MB free"
     elif case == "full":
         limit = FileLimit(40_000)
     elif case == "full at the end":

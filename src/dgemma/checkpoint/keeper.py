@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..kernels import cpu
 from ..kernels.packed import LAYOUT, Packed
+from ..memory import in_words
 from .hub import CACHE, copy_path
 from .kept import ALIGNED, CODES, FORMAT, Few, Mapped, PackedCopyUnused, Shapes, mapped, name_of, source_digest
 from .writer import frame
@@ -117,7 +118,7 @@ class Keeper:
             self._file.truncate(0)
             free = shutil.disk_usage(self.path.parent).free
             if nbytes > free:
-                self._give_up(f"it takes {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} free")
+                self._give_up(f"it takes {in_words(nbytes)}, the disk has {in_words(free)} free")
         except OSError as error:
             self._give_up(error)
 

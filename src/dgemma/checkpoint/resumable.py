@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CapacityError, CheckpointError
+from ..memory import in_words
 from .files import INDEX
 from .writer import Block, explained, index_of, make_header, shard_names, size_of, split
 
@@ -90,14 +91,14 @@ class Resumable:
         """
         with explained(self.partial):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-        self._write_notes()
-        with explained(self.partial):
-            self.partial.mkdir(exist_ok=True)
-            for left in self.partial.glob("*.tmp"):
+            for left in self.partial.glob("*.tmp") if self.partial.is_dir() else ():
                 left.unlink()
         names = shard_names(len(self.shards))
         missing = [number for number, name in enumerate(names) if name not in self._done]
         self._check_room(sum(item.nbytes for number in missing for item in self.shards[number]))
+        self._write_notes()
+        with explained(self.partial):
+            self.partial.mkdir(exist_ok=True)
         total = self.nbytes
         done = total - sum(item.nbytes for number in missing for item in self.shards[number])
         for number in missing:
@@ -138,10 +139,10 @@ class Resumable:
 
     def _check_room(self, needed: int) -> None:
         with explained(self.partial):
-            free = shutil.disk_usage(self.partial).free
+            free = shutil.disk_usage(self.partial.parent).free
         if needed > free:
             raise CapacityError(
-                f"{self.destination}: {needed / 1e9:.1f} GB are to be written, the disk has {free / 1e9:.1f} GB free"
+                f"{self.destination}: {in_words(needed)} are to be written, the disk has {in_words(free)} free"
             )
 
     def _read_notes(self) -> dict[str, Measured]:
