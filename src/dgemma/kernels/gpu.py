@@ -40,6 +40,7 @@ class Choice(NamedTuple):
 
 # By operation and form of the weight, on cards that Triton compiles for. Microseconds were measured on an H100 at the
 # 26B's sizes, with 256 rows where nothing else is said; records are in benchmarks/results/2026-11-27-nvidia-h100-*.
+# The vocabulary's are from before its blend became a plain product, and from before tiles were chosen.
 CHOICES = {
     ("linear", "float"): Choice(LIBRARY, "8192 x 2816: measured 29, ours 35"),
     ("linear", "fp8"): Choice(LIBRARY, "8192 x 2816: measured 20, ours 21; with 2,048 rows 83 and 120"),
