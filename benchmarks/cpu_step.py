@@ -273,6 +273,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt, for `encode`")
     parser.add_argument("--out", type=Path, default=None, help="folder for results")
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps: needs at least 2, since the first is not counted")
     config = {key: value for key, value in vars(options).items() if key not in ("directory", "out")}
     results = Results(f"cpu-step-{options.mode}", config, options.out)
     figures = MODES[options.mode](results, options)
