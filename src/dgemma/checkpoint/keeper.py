@@ -112,7 +112,7 @@ class Keeper:
         if self._file is None:
             return
         self._vision = vision
-        room = sum(3 * len(json.dumps(name)) + 512 for name in names)  # more than the header takes
+        room = sum(4 * len(json.dumps(name)) + 512 for name in names)  # more than three tensors and `few` take
         self._room = self._end = _PAGE + -(-room // _PAGE) * _PAGE
         try:
             self._file.truncate(0)
