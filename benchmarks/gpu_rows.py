@@ -45,7 +45,7 @@ def rows_of(forward: CardForward, pages: Pages, batch: int, prefix: int) -> list
     config, rows = forward.network.config, []
     for number in range(batch):
         request = ask(config, [1] * prefix, seed=number, new=config.canvas_length, steps=1 << 20)
-        row = Row(request, _ticket(prefix, number), None, config.vocab_size)
+        row = Row(request, ticket(prefix, number), None, config.vocab_size)
         row.enter(pages, reuse=False)
         table = row.table
         assert table is not None
@@ -71,7 +71,7 @@ def floor_bytes(network: Network, batch: int, prefix: int) -> int:
     return nbytes(network) + table.nbytes + batch * cached
 
 
-def _ticket(tokens: int, seed: int) -> Ticket:
+def ticket(tokens: int, seed: int) -> Ticket:
     def nothing(*_: Any) -> bool:
         return False
 

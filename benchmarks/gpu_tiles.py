@@ -143,7 +143,7 @@ def _experts(operation: str, form: str, tokens: int) -> Case:
 def taking(name: str, tile: Tile) -> Iterator[None]:
     """`tiles` takes another one for a while."""
     before = getattr(tiles, name)
-    setattr(tiles, name, lambda *_: tile)
+    setattr(tiles, name, lambda *_, **__: tile)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from dgemma.quant import KINDS, Policy, Quantized, kind_of
 FORMS = ("bfloat16", "fp8", "int8", "int4", "nvfp4")
 # NVIDIA's file has experts in NVFP4, and the rest in bfloat16.
 EXPERTS_ALONE = Policy(format="int4", group=64, search=False, kinds=dict.fromkeys(set(KINDS) - {"experts"}, "keep"))
+GROUPS = {"fp8": None, "nvfp4": 16}  # inputs that share a scale, where the form leaves no choice
 # Everything that the real sizes have, in small: grouped heads, a window, sliding and full layers, groups of 32.
 TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -51,18 +52,13 @@ def network_of(config: ModelConfig, form: str, device: torch.device, *, seed: in
     """
     generator = torch.Generator(device).manual_seed(seed)
     network = empty_network(config)
-    dtype = getattr(torch, config.dtype)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    policy = EXPERTS_ALONE if form == "nvfp4" else Policy(format=form, search=False) if form != "bfloat16" else None
-    layouts = plan(policy, shapes)[0] if policy else {}
-    for name, shape in shapes.items():
+    dtype, held = getattr(torch, config.dtype), held_in(network, form)
+    for name, shape in shapes_of(network).items():
         path, _, last = name.rpartition(".")
         owner = network.get_submodule(path)
-        layout = layouts.get(kind_of(name) or "")
-        if layout is not None:
+        if name in held:
             del owner._parameters[last]
-            own = form if layout.bits == 4 or form == "fp8" else "int8"
-            setattr(owner, last, random_quantized(own, layout.group, shape, generator))
+            setattr(owner, last, random_quantized(*held[name], shape, generator))
             continue
         if len(shape) == 1:
             values = 1 + 0.1 * torch.randn(shape, generator=generator, device=device)
@@ -72,6 +68,25 @@ def network_of(config: ModelConfig, form: str, device: torch.device, *, seed: in
                 part.normal_(std=shape[-1] ** -0.5, generator=generator)
         owner._parameters[last] = nn.Parameter(values.to(dtype), requires_grad=False)
     return network
+
+
+def shapes_of(network: Network) -> dict[str, tuple[int, ...]]:
+    """Of all weights, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def held_in(network: Network, form: str) -> dict[str, tuple[str, int | None]]:
+    """Of the weights that are not floats in a network of a form: that of `Quantized`, and the inputs that share a
+    scale, by name."""
+    if form in ("bfloat16", "float32"):
+        return {}
+    policy, shapes = EXPERTS_ALONE if form == "nvfp4" else Policy(format=form, search=False), shapes_of(network)
+    layouts = plan(policy, shapes)[0]
+    found = {name: layouts[kind] for name in shapes if (kind := kind_of(name)) in layouts}
+    return {
+        name: (form if layout.bits == 4 or form == "fp8" else "int8", GROUPS.get(form, layout.group))
+        for name, layout in found.items()
+    }
 
 
 def nbytes(network: Network) -> int:
@@ -99,7 +114,7 @@ def random_quantized(form: str, group: int | None, shape: tuple[int, ...], gener
         data = torch.empty(*rows, width * bits // 8, dtype=torch.uint8, device=device)
         data.random_(0, 256, generator=generator)
         data, spread = centred(data, bits) if form != "nvfp4" else (data, 5.85)
-    group = {"fp8": None, "nvfp4": 16}.get(form, group)
+    group = GROUPS.get(form, group)
     scales = torch.rand(*rows, width // group if group else 1, generator=generator, device=device) * 0.5 + 0.75
     if form == "nvfp4":
         factors = torch.full((*rows, 1), width**-0.5 / spread, device=device)

@@ -257,7 +257,10 @@ class CardForward(Forward):
 
     def _layout(self, segments: Sequence[Segment], *, pitch: int | None = None, encoded: int | None = None) -> Layout:
         columns = self._columns if pitch else 1
-        layout = lay_out(segments, self.network.config, self.store.size, pitch=pitch, columns=columns)
+        layout = lay_out(
+            segments, self.network.config, self.store.size,
+            pitch=pitch, columns=columns, size=self.network.dtype.itemsize,
+        )  # fmt: skip
         return layout if encoded is None else replace(layout, encoded=encoded)
 
     def _inputs(

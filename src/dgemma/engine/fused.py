@@ -73,6 +73,7 @@ def lay_out(
     *,
     pitch: int | None = None,
     columns: int = 1,
+    size: int = 2,
 ) -> Layout:
     """A forward over segments, those that are encoded first; on the host.
 
@@ -80,6 +81,7 @@ def lay_out(
         page: tokens of a page.
         pitch: rows that each segment has; None: as many as tokens.
         columns: pages that there is room for at least in each request's line.
+        size: bytes of a key's number.
     """
     spans = [torch.arange(s.start, s.start + (pitch or s.length)) for s in segments]
     encoding = [s.mode is Mode.ENCODE for s in segments]
@@ -106,6 +108,7 @@ def lay_out(
             device="cpu",
             pitch=pitch,
             columns=columns,
+            size=size,
         )
     return Layout(
         encoded=sum(len(span) for span, encoded in zip(spans, encoding, strict=True) if encoded),

@@ -37,6 +37,7 @@ class Plan:
         blocks: int32 [N, 2]: a segment and a block of its rows; a segment of -1: nothing to do (a graph's fill).
         pages: int32 [R, M], each request's pages in order; anything where they are behind the window.
         window: None in full layers.
+        tile: what a program does.
         block: rows of a block.
         splits: parts that keys are split in.
     """
@@ -45,6 +46,7 @@ class Plan:
     blocks: Tensor
     pages: Tensor
     window: int | None
+    tile: tiles.Tile
     block: int
     splits: int
 
@@ -66,6 +68,7 @@ def plan(
     splits: int | None = None,
     pitch: int | None = None,
     columns: int = 1,
+    size: int = 2,
 ) -> Plan:
     """Lays a forward out.
 
@@ -76,8 +79,10 @@ def plan(
         splits: parts to split keys in; None: a power of two of them, to give each multiprocessor of a card something.
         pitch: rows that each segment has, its tokens first; None: as many as tokens.
         columns: pages that there is room for at least.
+        size: bytes of a key's number.
     """
-    block = max(1, tiles.attention(head_dim).rows // power(group))
+    tile = tiles.attention(head_dim, size)
+    block = max(1, tile.rows // power(group))
     rows, blocks, first = [], [], 0
     for number, (start, length, encoded) in enumerate(segments):
         rows.append((first, length, start, int(encoded)))
@@ -87,7 +92,7 @@ def plan(
     if splits is None:
         longest = max(min(start, window or start) + length for start, length, _ in segments)
         programs = len(blocks) * kv_heads
-        most_parts = min(tiles.PROGRAMS // programs, longest // tiles.least_keys(head_dim))
+        most_parts = min(tiles.programs() // programs, longest // tiles.least_keys(head_dim))
         splits = 1 << max(1, most_parts).bit_length() - 1
     most = max(columns, *(len(own) for own in pages))
     table = [[0 if page is None else page for page in own] + [0] * (most - len(own)) for own in pages]
@@ -96,6 +101,7 @@ def plan(
         blocks=torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True),
         pages=torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
         window=window,
+        tile=tile,
         block=block,
         splits=splits,
     )
@@ -240,7 +246,7 @@ def attend(
     """
     rows, heads, width = queries.shape
     _, kv_heads, page, _ = pool_keys.shape
-    tile, splits = tiles.attention(width), plan.splits
+    tile, splits = plan.tile, plan.splits
     parts = torch.empty_like(queries)
     peaks, sums = parts, parts
     if splits > 1:
@@ -259,6 +265,6 @@ def attend(
     if rows:
         _merge_kernel[(rows,)](
             parts, peaks, sums, *out, rows, heads, width, queries, SPLITS=splits, FORM=following.form,
-            SPAN=following.span, WIDTH=power(heads * width), num_warps=8,
+            SPAN=following.span, WIDTH=power(heads * width), num_warps=16 if heads * width > 4096 else 8,
         )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ from . import tiles
 
 # The interpreter multiplies the bits of bfloat16 as if they were whole numbers, and does not round when it narrows.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+PTX = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)  # instructions of NVIDIA's cards
 FP8_MOST = tl.constexpr(448.0)
 FOUR_BITS = ("int4", "nvfp4")
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -158,7 +159,7 @@ def value_of(code, FORM: tl.constexpr):
 @triton.jit
 def nibbles(words, scales, FORM: tl.constexpr, dtype: tl.constexpr):
     """int16 words of four stored 4-bit values each, and scales -> first, second, third and fourth values, scaled."""
-    if dtype == tl.bfloat16 and not INTERPRETED:
+    if dtype == tl.bfloat16 and PTX:
         scales = scales if FORM == "int4" else scales * 1.7014118346046923e38  # 2^127
         scales = tl.broadcast_to(scales.to(tl.bfloat16), words.shape)
         return tl.inline_asm_elementwise(

@@ -146,7 +146,7 @@ def expert_outputs(
     out = torch.empty(tokens, k, hidden, dtype=kind, device=device)
     if not out.numel():
         return out
-    one, two = tiles or sizes.experts(tokens * k // (of or count), first, second)
+    one, two = tiles or sizes.experts(tokens * k // (of or count), first, second, kind.itemsize)
     padded, parts = power(count), triton.cdiv(width, one.columns)
     between = room(tokens * k, out, second)
     scales = torch.empty(tokens * k, parts, device=device) if first.form == "fp8" else between.values

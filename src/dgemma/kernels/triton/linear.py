@@ -108,7 +108,7 @@ def product(own: Ready, weight: Operand, dtype: torch.dtype, tile: Tile | None =
     """`x @ weight.T` of activations that are ready: [T, I] and [O, I] -> [T, O]."""
     rows, (outputs, inputs) = len(own.values), weight.shape
     out = torch.empty(rows, outputs, dtype=dtype, device=own.values.device)
-    tile = tile or tiles.product(rows, weight, outputs)
+    tile = tile or tiles.product(rows, weight, outputs, dtype.itemsize)
     if rows:
         _linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns),)](
             *own, weight.data, weight.scales, weight.factors, out, rows, outputs, inputs,

@@ -273,7 +273,7 @@ def step(
     own = operand(table)
     n, (words, width), device = len(hidden), own.shape, hidden.device
     assert max(n, width) * words < 1 << 31
-    tile = tiles.vocabulary(n, own.form)
+    tile = tiles.vocabulary(n, own.form, hidden.itemsize)
     count = triton.cdiv(words, tile.columns)
     weights = torch.empty(n, words, dtype=hidden.dtype, device=device)
     shared = cap is not None and bias is None and hidden.dtype != torch.float32
@@ -318,9 +318,9 @@ def step(
             found = found._replace(sampled=peers.total(sampled))
     if not soft:
         return Step(found, None, argmax[:0], n * count)
-    blend = tiles.blend(n)
+    blend = tiles.blend(n, hidden.itemsize)
     blocks, wide = triton.cdiv(n, blend.rows), triton.cdiv(width, blend.columns)
-    splits = max(1, min(tiles.PROGRAMS // (blocks * wide), count))
+    splits = max(1, min(tiles.programs() // (blocks * wide), count))
     live = torch.empty(blocks, count, dtype=torch.int32, device=device)
     counts, taken = torch.empty(2, blocks, dtype=torch.int32, device=device)
     _live_kernel[(blocks,)](
