@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from .errors import ConfigError
@@ -26,6 +28,12 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU the one that kernels are launched on, for a while; on other devices nothing."""
+    own: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return own
 
 
 def devices_of(name: str, ranks: int) -> list[str]:

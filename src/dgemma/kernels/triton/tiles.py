@@ -38,12 +38,14 @@ SPARE = 4096  # bytes for what else a program has in shared memory
 H100 = Card(shared=227 * 1024, processors=132, large=True)
 
 
-@functools.cache
 def card() -> Card:
-    """The one that kernels run on; an H100 where there is none."""
-    if not torch.cuda.is_available():
-        return H100
-    own = torch.cuda.get_device_properties(torch.cuda.current_device())
+    """The one that kernels are launched on; an H100 where there is none."""
+    return _card(torch.cuda.current_device()) if torch.cuda.is_available() else H100
+
+
+@functools.cache
+def _card(number: int) -> Card:
+    own = torch.cuda.get_device_properties(number)
     shared = getattr(own, "shared_memory_per_block_optin", own.shared_memory_per_block)
     large = torch.version.hip is None and own.major in (9, 10)
     return Card(shared=shared, processors=own.multi_processor_count, large=large)
