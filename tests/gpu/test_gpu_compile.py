@@ -18,13 +18,13 @@ from collections import defaultdict
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import torch
-from dgemma.kernels.triton import attention, common, draws, experts, layer, linear, routing, settle, tiles, vocabulary
+from dgemma.kernels.triton import attention, common, experts, layer, linear, routing, settle, tiles, vocabulary
 
 KINDS = {
     "fp32": "xs wf peaks sums totals means factors parts scales out_scales heats biases uniforms norms "
             "expert_scale table_scales frequencies entropies real kept",
-    "i64": "ends bias_words argmaxes samples slots tokens spots canvases places positions whole pins likeliest seeds "
-           "steps", "i8": "barred accepted", "u8": "flags",
+    "i64": "ends bias_words argmaxes samples slots tokens spots canvases places positions whole pins likeliest "
+           "asked", "i8": "barred accepted", "u8": "flags",
     "i32": "order offsets segments blocks pages ranks counts ticket live taken words",
 }
 KIND = {name: "*" + kind for kind, names in KINDS.items() for name in names.split()}
@@ -119,11 +119,12 @@ def rest(form):
     build(layer._condition_kernel, t, wide)
     build(layer._turns_kernel, t, {"WIDTH": 512})
     build(layer._sound_kernel, t, wide)
-    build(draws._uniform_kernel, t, {"PURPOSE": 1, "WIDTH": 256}, out="*fp64")
     columns = {"COLUMNS": 7 + settle.ENDS}
     build(settle._ask_kernel, t, columns | {"WIDTH": 256}, counts="*i64")
     own = {"ENDS": settle.ENDS, "OVER": settle.OVER, "BROKEN": settle.BROKEN, "WIDTH": 256, "BLOCK": 16}
     build(settle._settle_kernel, t, columns | own, counts="*i64", words="i32")
+    build(settle._roll_kernel, t, {"WIDTH": 16})
+    build(settle._choose_kernel, t, {"WIDTH": 16}, words="*i64")
     build(settle._keep_kernel, t, {"SPLITS": 6, "WIDTH": 4096})
     build(experts._sum_kernel, t, {"BN": 1024}, weights="*fp32")
 
