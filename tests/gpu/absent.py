@@ -169,8 +169,9 @@ def step(network: Any, canvases: int, encoded: bool) -> None:
     """What a step launches, each canvas behind a prefix."""
     from gpu_rows import ask, config_rows, ticket
 
-    from dgemma.engine.card import CardForward, Seated
+    from dgemma.engine.card import CardForward
     from dgemma.engine.forward import Work
+    from dgemma.engine.inputs import Seated
     from dgemma.engine.row import Row
 
     config, count = network.config, max(1, canvases)
@@ -193,7 +194,7 @@ def step(network: Any, canvases: int, encoded: bool) -> None:
             canvas = row.look()
             work.denoised = length
             seated.append(Seated(work, canvas, number))
-    planned = forward._planned(works if encoded else [], seated, len(seated))
+    planned = forward.planner.plan(works if encoded else [], seated, len(seated), draws=not canvases)
     with torch.no_grad():
         forward._step(without_numbers(planned.inputs))
 

@@ -88,6 +88,10 @@ def check(
     ]
     view = RaggedView(store, modes, window, torch.device(DEVICE))
     wanted = view.attend(0, shape, *(x.transpose(0, 1)[None] for x in (queries, keys, values)))[0].transpose(0, 1)
+    if kind == SLIDING:  # pages behind the window are somebody else's, and need not hold numbers
+        behind = [max(0, start - window + 1) // size for start, _, _ in segments]
+        chosen = [[0] * count + pages[count:] for count, pages in zip(behind, chosen, strict=True)]
+        store.keys[0][0] = store.values[0][0] = float("nan")
     own = plan(
         segments, chosen, group=heads // kv_heads, head_dim=width, kv_heads=kv_heads,
         window=window if kind == SLIDING else None, device=DEVICE, splits=splits,

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from gpu_tensors import DEVICE
+from torch.overrides import TorchFunctionMode
 
 from dgemma.checkpoint import VisionIgnored
 from dgemma.checkpoint import load_network as load_onto
 from dgemma.config import ModelConfig
-from dgemma.engine.card import CardForward
-from engines import alone, answers, ask, engine_of, words
+from dgemma.engine.card import CardForward, Graph
+from dgemma.engine.inputs import Planner
+from dgemma.errors import RequestError
+from dgemma.kernels.triton import tiles
+from engines import alone, answers, ask, engine_of, result_of, words
 from late import LateCourier
 from tiny import Spec, build, load_network
 
@@ -41,6 +45,7 @@ MIXES: dict[str, list[dict[str, Any]]] = {
         {"mode": "autoregressive", "max_new_tokens": 2, "temperature": 0.0},
         {"max_new_tokens": 5},
         {"mode": "autoregressive", "max_new_tokens": 2, "top_p": 0.6},
+        {"mode": "autoregressive", "max_new_tokens": 4, "min_tokens": 2, "stop_token_ids": tuple(range(3, 40))},
     ],
 }
 
@@ -67,6 +72,94 @@ def test_same_tokens(network: Any, mix: str) -> None:
     for found, right in zip(answers(engine, requests), wanted, strict=True):
         assert found.tokens == right.tokens
         assert found.stats.steps_per_canvas == right.stats.steps_per_canvas
+
+
+AUTO: dict[str, Any] = {"mode": "autoregressive", "temperature": 4.0}  # at 1 these networks say one token for ever
+
+
+def test_a_long_answer_one_token_at_a_time(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over pages' ends, with keys in more and more parts: the CPU's tokens. A step is laid out anew where a page is
+    full, and a graph is made for each number of parts."""
+    monkeypatch.setattr(tiles, "least_keys", lambda head_dim: 8)
+    planned, plan = [], Planner.plan
+    monkeypatch.setattr(Planner, "plan", lambda *given, **named: planned.append(1) or plan(*given, **named))
+    requests = [ask(network, words(SPEC, 9, 3), seed=5, max_new_tokens=40, **AUTO)]
+    engine = engine_of(copy.deepcopy(network).to(DEVICE), kernels="triton")
+    assert answers(engine, requests)[0].tokens == alone(network, requests)[0].tokens
+    assert len(planned) == 1 + 1 + 2  # the prompt; the first token; pages of 16, to the 48th
+    graphs = [key for key in engine._forward._graphs if key.pitch == 1]
+    assert sorted(key.splits for key in graphs) == [(1, 1), (2, 1), (4, 1)]
+
+
+def test_what_the_host_does_for_a_token(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all requests are at single tokens: one transfer there, one back, and nothing is laid out."""
+    engine = engine_of(copy.deepcopy(network).to(DEVICE), kernels="triton", page_size=64)
+    for number in range(3):
+        engine.submit(ask(network, words(SPEC, 3 + number, number), seed=number, max_new_tokens=9, **AUTO))
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(Planner, "plan", None)
+    with Watching() as seen:
+        call = Graph.__call__
+        monkeypatch.setattr(Graph, "__call__", seen.without(call))
+        engine.step()
+    moving = {"copy_", "cpu", "cuda", "to", "item", "numpy", "__bool__", "pin_memory"}
+    assert [name for name in seen.names if name in moving] == ["copy_", "cpu"]
+    assert len(seen.names) < 60 and engine.status().tokens == 3 * 4
+
+
+class Watching(TorchFunctionMode):
+    """Remembers the names of torch's functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def without(self, function: Any) -> Any:
+        """The function, with what it calls forgotten."""
+
+        def call(*given: Any) -> Any:
+            before = len(self.names)
+            result = function(*given)
+            del self.names[before:]
+            return result
+
+        return call
+
+
+def test_who_is_no_number_fails_alone(network: Any) -> None:
+    """One request's hidden states are no numbers; the others, of both modes, have their tokens."""
+    sound = [ask(network, words(SPEC, 4, n), **{"seed": n, "max_new_tokens": 3, **AUTO}) for n in (2, 3)]
+    sound += [ask(network, words(SPEC, 4, 4), **CALM)]
+    wanted = [result.tokens for result in alone(network, sound)]
+    bad = min(set(range(SPEC.vocab)).difference(*wanted, *(request.prompt for request in sound)))
+    engine = engine_of(copy.deepcopy(network).to(DEVICE), kernels="triton")
+    begin = engine._forward.fused.begin
+
+    def spoilt(tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        x = begin(tokens, *others)
+        x[: len(tokens)].masked_fill_((tokens == bad)[:, None], float("nan"))
+        return x
+
+    engine._forward.fused.begin = spoilt
+    tickets = [engine.submit(request) for request in (ask(network, (3, bad, 4), **AUTO), *sound)]
+    with pytest.raises(RequestError, match="not numbers"):
+        list(tickets[0])
+    assert [result_of(list(ticket)).tokens for ticket in tickets[1:]] == wanted
+
+
+def test_scores_that_are_no_numbers_are_told(network: Any) -> None:
+    """A word's row of the table is none, and no request has that word: hidden states are sound, scores are not."""
+    own = copy.deepcopy(network).to(DEVICE)
+    own.embed_tokens.weight[7] = float("nan")
+    engine = engine_of(own, kernels="triton")
+    for ticket in [engine.submit(ask(network, (3, 4), **{**AUTO, "temperature": heat})) for heat in (0.0, 1.0)]:
+        with pytest.raises(RequestError, match="not numbers"):
+            list(ticket)
 
 
 def test_same_tokens_with_experts_in_host_memory(network: Any, directory: Path) -> None:

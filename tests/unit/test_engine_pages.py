@@ -168,6 +168,8 @@ class TableMachine(RuleBasedStateMachine):
         for table, tokens in self.live:
             first = self.seen(table.length)
             assert [page is None for page in table.sliding] == [n < first for n in range(len(table.sliding))]
+            assert [*table.lines[False]] == table.full
+            assert [*table.lines[True]] == [page or 0 for page in table.sliding]
             for kind, part in enumerate(self.parts(table)):
                 for place in range(first * size if kind else 0, table.length):
                     page = part[place // size]

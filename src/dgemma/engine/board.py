@@ -6,15 +6,12 @@ those of `CounterDraws`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..diffusion import Canvas, CounterDraws, Step
+from ..diffusion import Canvas, Step
 from ..kernels.cpu import TOLERANCE
 from ..kernels.triton import settle
-from ..kernels.triton.draws import uniform
 from ..kernels.triton.settle import ENDS
 from ..kernels.triton.vocabulary import step as look
 from ..model import Network
@@ -52,7 +49,7 @@ class Board:
         settings, params, length = canvas.settings, canvas.params, canvas.tokens.shape[1]
         ends = canvas.ends.tolist()[:ENDS]
         whole = [
-            _signed(seed),
+            signed(seed),
             canvas.index,
             length,
             settings.max_denoising_steps,
@@ -108,29 +105,26 @@ class Board:
         settle.keep(step.parts, self._scale, self.soft, places)
         settle.settle(self.held, step.found, places, flags, config.vocab_size)
 
-    def next_tokens(
-        self, hidden: Tensor, seeds: Sequence[int], numbers: Sequence[int], temperatures: Sequence[float]
-    ) -> list[int]:
-        """Autoregressive mode: a token each for hidden states [n, H], the `numbers`-th of their answers; -1 where the
-        scores are no numbers.
+    def draw(self, hidden: Tensor, asked: Tensor, heats: Tensor, tokens: Tensor) -> None:
+        """Autoregressive mode: writes to `tokens`, int64 [n], one for each of hidden states [n, H]; -1 where the scores
+        are no numbers.
+
+        Args:
+            asked: int64 [3, n], see `settle.roll`.
+            heats: float32 [n], temperatures.
         """
-        device, rows, config = hidden.device, len(hidden), self.network.config
-        whole = torch.tensor([[_signed(seed) for seed in seeds], numbers, [0] * rows], dtype=torch.int64).to(device)
-        heats = torch.tensor([heat or 1.0 for heat in temperatures], device=device)
-        greedy = torch.tensor([heat == 0 for heat in temperatures], device=device)
-        found = look(
+        config = self.network.config
+        step = look(
             hidden,
             self.network.embed_tokens.weight,
             heats=heats,
             cap=config.final_logit_softcapping,
             tolerance=TOLERANCE[hidden.dtype],
-            uniform=uniform(whole[0], whole[1], whole[2], CounterDraws.SAMPLE, 1)[:, 0].float(),
+            uniform=settle.roll(asked),
             soft=False,
             peers=self.network.ranks,
-        ).found
-        tokens = torch.where(greedy, found.argmax, found.sampled)
-        result: list[int] = torch.where(torch.isfinite(found.entropies), tokens, -1).tolist()
-        return result
+        )
+        settle.choose(asked, step.found, tokens)
 
     def step_of(self, place: int, canvas: Canvas, *, whole: bool) -> Step:
         """What a canvas's last step brought; its tokens, acceptance and entropies only if the `whole` is wanted."""
@@ -153,7 +147,7 @@ class Board:
         )
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """A seed's 64 bits as an int64."""
     bits = seed % 2**64
     return bits - (bits >> 63 << 64)

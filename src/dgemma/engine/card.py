@@ -8,7 +8,6 @@ min-p, biases, log-probabilities) are sampled as on a CPU, from the same forward
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,107 +18,82 @@ from ..diffusion.canvas import not_numbers
 from ..errors import DGemmaError
 from ..kernels.triton import layer
 from ..kernels.triton.settle import BROKEN, OVER
-from ..model import Mode, Network
+from ..model import Network
 from .board import Board
-from .forward import Forward, Work, encoding_of, fresh_of, is_next, table_of
-from .fused import Fused, Layout, lay_out
-from .pages import Pages, Table
-from .ragged import Segment
+from .forward import Forward, Work, is_next, table_of
+from .fused import Fused
+from .inputs import Inputs, Key, Parcel, Planner, Seated
+from .pages import Pages
 from .row import Row
-
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # numbers of segments that graphs are made for
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a step is given.
-
-    Fields:
-        layout: where the rows of the forward belong.
-        tokens: int64 [E], of the rows that are encoded.
-        spots: int64 [D], where on the board the other rows' tokens and soft embeddings are.
-        rows: int64 [M * L], the rows of the forward that are the canvases to sample.
-        places: int64 [M], the canvases' places on the board.
-    """
-
-    layout: Layout
-    tokens: Tensor
-    spots: Tensor
-    rows: Tensor
-    places: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
-        return [*self.layout.tensors(), self.tokens, self.spots, self.rows, self.places]
-
-    def to(self, device: torch.device) -> Inputs:
-        """The same on a device."""
-        own = (t.to(device, non_blocking=True) for t in (self.tokens, self.spots, self.rows, self.places))
-        return Inputs(self.layout.to(device), *own)
-
-
-class Seated(NamedTuple):
-    """A canvas at its place on the board, and the work of its step."""
-
-    work: Work
-    canvas: Canvas
-    place: int
 
 
 class Outputs(NamedTuple):
-    """What it gives: hidden states [T, H], and uint8 [M + E]: how the canvases stand, and which encoded rows are sound
-    (1: all of them numbers).
+    """What a step gives.
+
+    Fields:
+        hidden: [T, H].
+        told: uint8 [8 * N + M + E], all that the host waits for: tokens drawn as int64, -1 where there is none to draw;
+            how the canvases stand; which encoded rows are sound (1: all of them numbers).
     """
 
     hidden: Tensor
-    flags: Tensor
+    told: Tensor
 
 
 class Graph:
     """A step of one shape. The first call does it and prepares what is compiled and tuned at first use; the second one
-    records it; from then on it is one launch. On other devices than CUDA it is done each time.
+    records it; from then on it is one launch.
 
     Args:
         compute: the step.
-        pool: memory that graphs share, since no two run at once; None where there are none.
+        inputs: of that shape.
+        pool: memory that graphs share, since no two run at once; None: nothing is recorded.
     """
 
-    def __init__(self, compute: Callable[[Inputs], Outputs], pool: Any):
+    def __init__(self, compute: Callable[[Inputs], Outputs], inputs: Inputs, device: torch.device, pool: Any):
         self._compute, self._pool = compute, pool
-        self._given: Inputs | None = None
-        self._inputs: Inputs | None = None
+        self.parcel = Parcel(inputs, device)
+        self._prepared = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Outputs | None = None
 
-    def __call__(self, inputs: Inputs, device: torch.device) -> Outputs:
-        """Does the step, with inputs from the host. The outputs are overwritten by the next one."""
-        if self._inputs is None:
-            self._inputs, self._given = inputs.to(device), inputs
-            return self._compute(self._inputs)
-        if inputs is not self._given:
-            for own, new in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
-                own.copy_(new, non_blocking=True)
-            self._given = inputs
-        if self._pool is None:
-            return self._compute(self._inputs)
+    def __call__(self) -> Outputs:
+        """Does the step with the inputs that were sent last. The outputs are overwritten by the next one."""
+        if self._pool is None or not self._prepared:
+            outputs = self._compute(self.parcel.there)
+            self._prepared = True
+            return outputs
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile, a server's or NCCL's, is none of the graph's business.
-            with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._outputs = self._compute(self._inputs)
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._outputs = self._compute(self.parcel.there)
+            self._graph = graph
         self._graph.replay()
         assert self._outputs is not None
         return self._outputs
 
+    def hear(self, told: Tensor) -> tuple[list[int], list[int], list[int]]:
+        """Waits for what a step tells: tokens, how the canvases stand, which rows are sound."""
+        inputs = self.parcel.there
+        drawn, sampled, told = 8 * len(inputs.lasts), len(inputs.places), told.cpu()
+        tokens, stands, sound = told[:drawn], told[drawn : drawn + sampled], told[drawn + sampled :]
+        return tokens.view(torch.int64).tolist(), stands.tolist(), sound.tolist()
 
-class Planned(NamedTuple):
-    """A step that the host has laid out: where each segment's rows begin, what it is given, and the graph that does it,
-    if there is one.
+
+class Sent(NamedTuple):
+    """A step that was sent.
+
+    Fields:
+        following: what the next one is if it is laid out as this one; None where it cannot be.
+        starts, key: see `Planned`.
+        graph: what does it.
     """
 
+    following: object
     starts: list[int]
-    inputs: Inputs
-    graph: Graph | None
+    key: Key | None
+    graph: Graph
 
 
 class CardForward(Forward):
@@ -135,11 +109,12 @@ class CardForward(Forward):
         self.fused = Fused(network, self.store)
         self.board = Board(network, canvases, network.config.canvas_length)
         self._seats: list[Canvas | None] = [None] * canvases
-        self._columns = -(-limit // pages.size) + 1
-        self._nobody = Table(pages)
-        self._graphs: dict[tuple[object, ...], Graph] = {}
+        self.planner = Planner(
+            network.config, pages, length=self.board.length, limit=limit, size=network.dtype.itemsize
+        )
+        self._graphs: dict[Key, Graph] = {}
         self._pool = torch.cuda.graph_pool_handle() if network.device.type == "cuda" else None
-        self._last: tuple[object, Planned] | None = None
+        self._last: Sent | None = None
 
     @torch.no_grad()
     def run(self, works: Sequence[Work]) -> list[tuple[Row, DGemmaError]]:
@@ -149,11 +124,10 @@ class CardForward(Forward):
         own = sum(Board.takes(one.canvas) for one in denoising)
         for work, canvas, place in denoising[own:]:
             self.board.put(place, canvas.tokens[0], None if work.row.soft is None else work.row.soft[0])
-        starts, inputs, graph = self._plan(encoding, denoising, own)
-        device = self.network.device
-        hidden, flags = self._step(inputs.to(device)) if graph is None else graph(inputs, device)
-        stands = flags.tolist()  # the host waits here
-        sound = stands[len(inputs.places) :]
+        draws = [_draws(work) for work in encoding]
+        starts, graph = self._sent(encoding, denoising, own, draws=any(draws))
+        hidden, told = graph()
+        tokens, stands, sound = graph.hear(told)  # the host waits here
 
         failed: list[tuple[Row, DGemmaError]] = []
         for work, start in zip(encoding, starts, strict=False):
@@ -175,8 +149,15 @@ class CardForward(Forward):
             except DGemmaError as error:
                 failed.append((row, error))
             one.work.given = len(row.tokens) - before
-        last = [(work, hidden[start + work.encode - 1]) for work, start in zip(encoding, starts, strict=False)]
-        self._next_tokens([(work, own) for work, own in last if is_next(work) and id(work.row) not in broken], failed)
+        asking = []
+        for number, (work, start) in enumerate(zip(encoding, starts, strict=False)):
+            if id(work.row) in broken or not is_next(work):
+                continue
+            if draws[number]:
+                self._append(work, tokens[number], failed)
+            else:
+                asking.append((work, hidden[start + work.encode - 1]))
+        self._next_tokens(asking, failed)
         return failed
 
     def _follow(self, seated: Seated, stands: int) -> None:
@@ -216,120 +197,70 @@ class CardForward(Forward):
             found.append(Seated(work, canvas, place))
         return found
 
-    def _plan(self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int) -> Planned:
-        """Lays a step out, or finds that it is laid out as the last one was: the same canvases, and no more."""
-        same = own, [(one.canvas, one.place, table_of(one.work.row)) for one in denoising]
-        if encoding or self._last is None or self._last[0] != same:
-            self._last = None if encoding else (same, self._planned(encoding, denoising, own))
-        return self._planned(encoding, denoising, own) if self._last is None else self._last[1]
+    def _sent(
+        self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int, *, draws: bool
+    ) -> tuple[list[int], Graph]:
+        """Lays a step out and sends it. Gives where each segment's rows begin, and what does the step.
 
-    def _planned(self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int) -> Planned:
-        """Lays a step out.
-
-        Where every segment fits a canvas, each gets as many rows as the longest, and their numbers are filled up to
-        some that a graph is made for. Else, beside a prompt's long chunk, each has as many rows as tokens.
+        Where the last one was laid out for the same canvases and no more, nothing is sent. Where there are single
+        tokens beside them, and then the next ones of the same requests, only what has moved is written anew, until one
+        of them needs a new page.
         """
-        segments = [encoding_of(work) for work in encoding]
-        segments += [
-            Segment(table_of(o.work.row), len(o.work.row.history), o.work.denoised, Mode.DENOISE) for o in denoising
-        ]
-        longest, encoded = max(segment.length for segment in segments), len(encoding)
-        if longest > self.board.length:
-            spans = [segment.length for segment in segments]
-            fresh = [token for work in encoding for token in fresh_of(work)]
-            starts, width = _begins(spans), max([o.work.denoised for o in denoising], default=0)
-            layout = self._layout(segments)
-            return Planned(starts, self._inputs(layout, fresh, starts[encoded:], denoising, own, own, width), None)
+        seated = own, draws, [(one.canvas, one.place, table_of(one.work.row)) for one in denoising]
+        tables = [table_of(work.row) for work in encoding]
+        last, self._last = self._last, None  # nobody knows what was sent if this fails
+        encoded = [(table, table.length, work.encode) for table, work in zip(tables, encoding, strict=True)]
+        if last is None or last.following != (seated, encoded):
+            starts, inputs, key = self.planner.plan(encoding, denoising, own, draws=draws)
+            last = Sent(None, starts, key, self._graph(inputs, key))
+            last.graph.parcel.pack(inputs)
+            last.graph.parcel.send()
+        elif encoding:
+            last.graph.parcel.here.follow(encoding)
+            last.graph.parcel.send()
+        if last.key is not None and all(n == 1 and (length + 1) % table.pages.size for table, length, n in encoded):
+            following = seated, [(table, length + 1, 1) for table, length, _ in encoded]
+            self._last = last._replace(following=following)
+        return last.starts, last.graph
 
-        pitch = min(self.board.length, 1 << (longest - 1).bit_length())
-        count, more, sampled = _size(encoded), _size(len(denoising)), _size(own)
-        fill = Segment(self._nobody, 0, pitch, Mode.DENOISE)
-        segments[encoded:encoded] = [fill] * (count - encoded)
-        segments += [fill] * (count + more - len(segments))
-        fresh = [token for work in encoding for token in [*fresh_of(work), *[0] * (pitch - work.encode)]]
-        fresh += [0] * (pitch * (count - encoded))
-        layout = self._layout(segments, pitch=pitch, encoded=count * pitch)
-        starts = [*range(0, pitch * encoded, pitch), *range(pitch * count, pitch * (count + more), pitch)]
-        inputs = self._inputs(layout, fresh, starts[encoded:], denoising, own, sampled, pitch)
-        key = (count, more, sampled, pitch, *layout.splits)
-        graph = self._graphs.setdefault(key, Graph(self._step, self._pool))
-        return Planned(starts[: encoded + len(denoising)], inputs, graph)
-
-    def _layout(self, segments: Sequence[Segment], *, pitch: int | None = None, encoded: int | None = None) -> Layout:
-        columns = self._columns if pitch else 1
-        layout = lay_out(
-            segments, self.network.config, self.store.size,
-            pitch=pitch, columns=columns, size=self.network.dtype.itemsize,
-        )  # fmt: skip
-        return layout if encoded is None else replace(layout, encoded=encoded)
-
-    def _inputs(
-        self,
-        layout: Layout,
-        fresh: list[int],
-        starts: Sequence[int],
-        denoising: Sequence[Seated],
-        own: int,
-        sampled: int,
-        width: int,
-    ) -> Inputs:
-        """The first `own` canvases are sampled on the board, filled up to `sampled`: a place given twice changes
-        nothing. `starts`: the rows where the canvases begin, with fill where there is some.
-        """
-        length, spots = self.board.length, []
-        ends = [*starts, len(layout.positions)][1:]
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            place = denoising[min(number, len(denoising) - 1)].place
-            spots += [place * length + min(spot, length - 1) for spot in range(end - start)]
-        chosen = [*range(own), *[0] * (sampled - own)]
-        rows = [starts[n] + min(spot, denoising[n].work.denoised - 1) for n in chosen for spot in range(width)]
-        places = [denoising[n].place for n in chosen]
-        return Inputs(layout, *(torch.tensor(values, dtype=torch.int64) for values in (fresh, spots, rows, places)))
+    def _graph(self, inputs: Inputs, key: Key | None) -> Graph:
+        """What does steps of a shape."""
+        if key is None:
+            return Graph(self._step, inputs, self.network.device, None)
+        if key not in self._graphs:
+            self._graphs[key] = Graph(self._step, inputs, self.network.device, self._pool)
+        return self._graphs[key]
 
     def _step(self, inputs: Inputs) -> Outputs:
         """Everything that the card does in a step."""
         board, fused, encoded, sampled = self.board, self.fused, inputs.layout.encoded, len(inputs.places)
         x = fused.begin(inputs.tokens, inputs.spots, board.tokens, board.soft)
         hidden = fused.run(x, inputs.layout)
-        flags = torch.empty(sampled + encoded, dtype=torch.uint8, device=hidden.device)
+        drawn = 8 * len(inputs.lasts)
+        told = torch.empty(drawn + sampled + encoded, dtype=torch.uint8, device=hidden.device)
+        flags = told[drawn:]
+        if drawn:
+            board.draw(hidden[inputs.lasts], inputs.asked, inputs.heats, told[:drawn].view(torch.int64))
         if sampled:
             board.settle(hidden[inputs.rows], inputs.places, flags[:sampled])
         layer.sound(hidden[:encoded], flags[sampled:])
-        return Outputs(hidden, flags)
+        return Outputs(hidden, told)
 
-    def _next_tokens(self, rows: list[tuple[Work, Tensor]], failed: list[tuple[Row, DGemmaError]]) -> None:
-        """Draws on the card, all at once; requests that want more of their scores as on a CPU."""
-        plain = [(work, hidden) for work, hidden in rows if _draws_plainly(work.row)]
-        super()._next_tokens([(work, hidden) for work, hidden in rows if not _draws_plainly(work.row)], failed)
-        if not plain:
-            return
-        own = [work.row for work, _ in plain]
-        tokens = self.board.next_tokens(
-            torch.stack([hidden for _, hidden in plain]),
-            [row.request.seed for row in own],
-            [len(row.tokens) for row in own],
-            [row.request.params.temperature for row in own],
-        )
-        for (work, _), token in zip(plain, tokens, strict=True):
-            before = len(work.row.tokens)
-            if token < 0:
-                failed.append((work.row, not_numbers()))
-            else:
-                work.row.append(token, [])
-            work.given = len(work.row.tokens) - before
+    def _append(self, work: Work, token: int, failed: list[tuple[Row, DGemmaError]]) -> None:
+        """Gives a row the token that was drawn on the card."""
+        before = len(work.row.tokens)
+        if token < 0:
+            failed.append((work.row, not_numbers()))
+        else:
+            work.row.append(token, [])
+        work.given = len(work.row.tokens) - before
 
 
-def _draws_plainly(row: Row) -> bool:
-    params = row.request.params
+def _draws(work: Work) -> bool:
+    """Whether a step draws the token behind what is encoded: in autoregressive mode, if nothing more is wanted of its
+    scores than the card does.
+    """
+    row, params = work.row, work.row.request.params
     likely = params.top_k or params.top_p < 1 or params.min_p > 0
-    return not likely and not params.logit_bias and params.logprobs is None and len(row.tokens) >= params.min_tokens
-
-
-def _begins(lengths: Sequence[int]) -> list[int]:
-    """Where parts of some lengths begin, one after another."""
-    return [sum(lengths[:number]) for number in range(len(lengths))]
-
-
-def _size(count: int) -> int:
-    """The least number of segments that graphs are made for and that holds so many; 0 for none."""
-    return next((size for size in (0, *SIZES) if size >= count), count)
+    plain = not likely and not params.logit_bias and params.logprobs is None and len(row.tokens) >= params.min_tokens
+    return plain and not row.diffusion and work.encode == row.pending

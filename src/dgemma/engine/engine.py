@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..devices import current
 from ..errors import CapacityError, ConfigError, Draining, QueueFull
 from ..kernels.gpu import missing
 from ..memory import peak_memory_bytes
@@ -50,7 +51,8 @@ class Engine:
         context = network.config.max_position_embeddings
         self.limit = min(settings.max_model_len or context, context)
         self.pages = plan_cache(network, settings, self.limit, room)
-        self._forward = _forward(network, self.pages, settings, self.limit)
+        with current(network.device):
+            self._forward = _forward(network, self.pages, settings, self.limit)
         keep_experts(network, settings)
         self._news: list[Row | Ticket] = []  # submitted, and cancelled, since the last step
         self._waiting: deque[Row] = deque()
@@ -157,7 +159,8 @@ class Engine:
                 if not works:
                     return False
                 started = time.perf_counter()
-                failed = self._forward.run(works)
+                with current(self.network.device):
+                    failed = self._forward.run(works)
             except BaseException:
                 # Nobody knows how far it came: all canvases of the batch are drawn again from their beginning.
                 self._account(works, time.perf_counter() - started)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,13 +57,16 @@ class Layout:
         plans = [t for plan in self.plans.values() for t in (plan.segments, plan.blocks, plan.pages)]
         return [self.positions, *self.slots.values(), *plans]
 
-    def to(self, device: torch.device) -> Layout:
-        """The same on a device."""
+    def like(self, tensors: Iterator[Tensor]) -> Layout:
+        """The same with the next of other tensors, in that order."""
         return Layout(
             encoded=self.encoded,
-            positions=self.positions.to(device, non_blocking=True),
-            slots={kind: slots.to(device, non_blocking=True) for kind, slots in self.slots.items()},
-            plans={kind: plan.to(device) for kind, plan in self.plans.items()},
+            positions=next(tensors),
+            slots={kind: next(tensors) for kind in self.slots},
+            plans={
+                kind: replace(plan, segments=next(tensors), blocks=next(tensors), pages=next(tensors))
+                for kind, plan in self.plans.items()
+            },
         )
 
 
@@ -71,51 +75,43 @@ def lay_out(
     config: ModelConfig,
     page: int,
     *,
-    pitch: int | None = None,
+    encoded: int,
+    rooms: Sequence[int],
     columns: int = 1,
     size: int = 2,
 ) -> Layout:
-    """A forward over segments, those that are encoded first; on the host.
+    """A forward over segments, on the host.
 
     Args:
         page: tokens of a page.
-        pitch: rows that each segment has; None: as many as tokens.
+        encoded: how many of the rows are encoded or their fill; they come first.
+        rooms: rows of each segment, its tokens first.
         columns: pages that there is room for at least in each request's line.
         size: bytes of a key's number.
     """
-    spans = [torch.arange(s.start, s.start + (pitch or s.length)) for s in segments]
-    encoding = [s.mode is Mode.ENCODE for s in segments]
+    spans = [(s.start, s.length, s.mode is Mode.ENCODE) for s in segments]
+    starts, lengths, encodes = np.array(spans).T
+    whose, spots = attention.unroll(np.array(rooms))
+    positions = starts[whose] + spots
+    real = (encodes[whose] != 0) & (spots < lengths[whose])
     slots, plans = {}, {}
     for sliding in (False, True):
-        pages = [s.table.sliding if sliding else s.table.full for s in segments]
-        places = []
-        for segment, span, own, encoded in zip(segments, spans, pages, encoding, strict=True):
-            place = torch.full_like(span, -1)
-            if encoded:
-                real = span[: segment.length]
-                table = torch.tensor([-1 if page is None else page for page in own])
-                place[: segment.length] = table[real // page] * page + real % page
-            places.append(place)
-        slots[sliding] = torch.cat(places)
         shape = next((s for s in config.layers if s.sliding is sliding), config.layers[0])
-        plans[sliding] = attention.plan(
-            [(s.start, s.length, encoded) for s, encoded in zip(segments, encoding, strict=True)],
-            pages,
+        plans[sliding] = plan = attention.plan(
+            spans,
+            [s.table.lines[sliding] for s in segments],
             group=shape.heads // shape.kv_heads,
             head_dim=shape.head_dim,
             kv_heads=shape.kv_heads,
             window=config.sliding_window if sliding else None,
             device="cpu",
-            pitch=pitch,
+            rooms=rooms,
             columns=columns,
             size=size,
         )
-    return Layout(
-        encoded=sum(len(span) for span, encoded in zip(spans, encoding, strict=True) if encoded),
-        positions=torch.cat(spans),
-        slots=slots,
-        plans=plans,
-    )
+        pages = plan.pages.numpy()[whose, np.minimum(positions // page, plan.pages.shape[1] - 1)].astype(np.int64)
+        slots[sliding] = torch.from_numpy(np.where(real, pages * page + positions % page, -1))
+    return Layout(encoded=encoded, positions=torch.from_numpy(positions), slots=slots, plans=plans)
 
 
 class Aside:

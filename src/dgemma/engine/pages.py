@@ -70,9 +70,13 @@ class Pool:
                 self._idle[page] = None
 
 
-def page_keys(tokens: Sequence[int], size: int) -> list[Key]:
-    """A name for each whole page of a sequence, of that page's tokens and all before them (SHA-256)."""
-    keys, before = [], b""
+def page_keys(tokens: Sequence[int], size: int, before: Key = b"") -> list[Key]:
+    """A name for each whole page of a sequence, of that page's tokens and all before them (SHA-256).
+
+    Args:
+        before: the name of the page before the first.
+    """
+    keys = []
     for end in range(size, len(tokens) + 1, size):
         before = hashlib.sha256(before + array("q", tokens[end - size : end]).tobytes()).digest()
         keys.append(before)
@@ -104,7 +108,8 @@ class Pages:
 class Table:
     """One sequence's pages, in order; `length` tokens of it are encoded.
 
-    `sliding` holds None where the window has moved on.
+    `sliding` holds None where the window has moved on. `lines` has the same as a card is told it, by kind of layer
+    (True: sliding), with zeros there.
 
     Args:
         known: whether others may find its pages by what they hold; if not, they are empty again once it is done.
@@ -115,6 +120,8 @@ class Table:
         self.length = 0
         self.full: list[int] = []
         self.sliding: list[int | None] = []
+        self.lines = {False: array("i"), True: array("i")}
+        self._key: Key = b""  # of the last page that is encoded whole
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Takes over pages that hold the beginning of `tokens`, for an empty table; returns how many tokens that is.
@@ -127,9 +134,10 @@ class Table:
         while count and not all(map(self.pages.sliding.knows, keys[self._behind(count) : count])):
             count -= 1
         first = self._behind(count)
-        self.full = [self.pages.full.share(key) for key in keys[:count]]
-        self.sliding = [None] * first + [self.pages.sliding.share(key) for key in keys[first:count]]
+        sliding = [self.pages.sliding.share(key) for key in keys[first:count]]
+        self._add([self.pages.full.share(key) for key in keys[:count]], [*[None] * first, *sliding])
         self.length = count * self.pages.size
+        self._key = keys[count - 1] if count else b""
         return self.length
 
     def missing(self, tokens: int) -> tuple[int, int]:
@@ -145,8 +153,7 @@ class Table:
     def reserve(self, tokens: int) -> None:
         """Takes the pages for `tokens` more tokens; `fits` was asked before."""
         full, sliding = self.missing(tokens)
-        self.full += [self.pages.full.take() for _ in range(full)]
-        self.sliding += [self.pages.sliding.take() for _ in range(sliding)]
+        self._add([self.pages.full.take() for _ in range(full)], [self.pages.sliding.take() for _ in range(sliding)])
 
     def advance(self, tokens: Sequence[int], count: int) -> None:
         """`count` more of a sequence that begins with `tokens` are encoded: names full pages, frees what the sliding
@@ -155,7 +162,9 @@ class Table:
         size, before = self.pages.size, self.length // self.pages.size
         self.length += count
         if self.known and self.length // size > before:
-            for index, key in enumerate(page_keys(tokens[: self.length], size)[before:], start=before):
+            keys = page_keys(tokens[before * size : self.length], size, self._key)
+            self._key = keys[-1]
+            for index, key in enumerate(keys, start=before):
                 self.pages.full.name(self.full[index], key)
                 sliding = self.sliding[index]
                 if sliding is not None:
@@ -168,6 +177,14 @@ class Table:
         for page in reversed(self.full):
             self.pages.full.release(page)
         self.full, self.sliding, self.length = [], [], 0
+        self.lines, self._key = {False: array("i"), True: array("i")}, b""
+
+    def _add(self, full: Sequence[int], sliding: Sequence[int | None]) -> None:
+        """Puts pages behind those that it has."""
+        self.full += full
+        self.sliding += sliding
+        self.lines[False].extend(full)
+        self.lines[True].extend(page or 0 for page in sliding)
 
     def _behind(self, count: int) -> int:
         """The first page that what follows `count` whole pages looks at in sliding layers."""
@@ -178,4 +195,4 @@ class Table:
             page = self.sliding[index]
             if page is not None:
                 self.pages.sliding.release(page)
-                self.sliding[index] = None
+                self.sliding[index], self.lines[True][index] = None, 0

@@ -16,16 +16,20 @@ they are relative to, and a second launch merges them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import tiles
 from .common import LOG2_E, Operand, dot, narrow, power, put
 from .linear import Ready, ready, room
+
+Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +54,10 @@ class Plan:
     block: int
     splits: int
 
-    def to(self, device: torch.device) -> Plan:
-        """The same on a device."""
-        segments, blocks, pages = (t.to(device, non_blocking=True) for t in (self.segments, self.blocks, self.pages))
-        return replace(self, segments=segments, blocks=blocks, pages=pages)
-
 
 def plan(
     segments: Sequence[tuple[int, int, bool]],
-    pages: Sequence[Sequence[int | None]],
+    pages: Sequence[Sequence[int]],
     *,
     group: int,
     head_dim: int,
@@ -66,7 +65,7 @@ def plan(
     window: int | None,
     device: torch.device | str,
     splits: int | None = None,
-    pitch: int | None = None,
+    rooms: Sequence[int] | None = None,
     columns: int = 1,
     size: int = 2,
 ) -> Plan:
@@ -77,34 +76,40 @@ def plan(
         pages: of each segment's request in this kind of layer.
         group: query heads to a key head.
         splits: parts to split keys in; None: a power of two of them, to give each multiprocessor of a card something.
-        pitch: rows that each segment has, its tokens first; None: as many as tokens.
+        rooms: rows of each segment, its tokens first; None: as many as tokens.
         columns: pages that there is room for at least.
         size: bytes of a key's number.
     """
     tile = tiles.attention(head_dim, size)
     block = max(1, tile.rows // power(group))
-    rows, blocks, first = [], [], 0
-    for number, (start, length, encoded) in enumerate(segments):
-        rows.append((first, length, start, int(encoded)))
-        for part in range(-(-(pitch or length) // block)):
-            blocks.append((number, part) if part * block < length else (-1, 0))
-        first += pitch or length
+    starts, lengths, encoded = np.array(segments, dtype=np.int64).T
+    rows = lengths if rooms is None else np.array(rooms)
+    whose, parts = unroll(-(-rows // block))
     if splits is None:
-        longest = max(min(start, window or start) + length for start, length, _ in segments)
-        programs = len(blocks) * kv_heads
+        longest = int((np.minimum(starts, window or starts) + lengths).max())
+        programs = len(whose) * kv_heads
         most_parts = min(tiles.programs() // programs, longest // tiles.least_keys(head_dim))
         splits = 1 << max(1, most_parts).bit_length() - 1
-    most = max(columns, *(len(own) for own in pages))
-    table = [[0 if page is None else page for page in own] + [0] * (most - len(own)) for own in pages]
+    table = np.zeros((len(pages), max(columns, *map(len, pages))), dtype=np.int32)
+    for line, own in zip(table, pages, strict=True):
+        line[: len(own)] = own
+    lines = np.stack([rows.cumsum() - rows, lengths, starts, encoded], axis=1)
+    blocks = np.stack([np.where(parts * block < lengths[whose], whose, -1), parts], axis=1)
     return Plan(
-        segments=torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True),
-        blocks=torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True),
-        pages=torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
+        segments=torch.from_numpy(lines).to(device, torch.int32),
+        blocks=torch.from_numpy(blocks).to(device, torch.int32),
+        pages=torch.from_numpy(table).to(device),
         window=window,
         tile=tile,
         block=block,
         splits=splits,
     )
+
+
+def unroll(rooms: Numbers) -> tuple[Numbers, Numbers]:
+    """Of all the rows that parts with so many each have together: which part each is in, and its place there."""
+    whose = np.repeat(np.arange(len(rooms)), rooms)
+    return whose, np.arange(len(whose)) - (rooms.cumsum() - rooms)[whose]
 
 
 @triton.jit
@@ -161,7 +166,8 @@ def _attend_kernel(
 
         high = tl.where(encoded, start + spots, start - 1)
         low = tl.maximum(0, tl.where(encoded, start + spots, start) - window + 1)
-        begin = tl.maximum(0, tl.where(encoded, start + first_query, start) - window + 1) // BK * BK
+        least = tl.maximum(0, tl.where(encoded, start + first_query, start) - window + 1)
+        begin = least // BK * BK
         end = tl.where(encoded, start + tl.minimum(length, first_query + BQ), start)
         committed = tl.cdiv(tl.maximum(end - begin, 0), BK)
         own = tl.where(encoded, 0, tl.cdiv(length, BK))
@@ -180,6 +186,7 @@ def _attend_kernel(
                 page = tl.load(pages + segment * most + first // PAGE).to(tl.int64)
                 entry = (page * kv_heads + kv) * PAGE + position % PAGE
             else:
+                inside &= position >= least  # what is before may be in a page that is somebody else's now
                 page = tl.load(pages + segment * most + position // PAGE, mask=inside, other=0).to(tl.int64)
                 entry = (page * kv_heads + kv) * PAGE + position % PAGE
             here = entry[:, None] * D + width[None, :]

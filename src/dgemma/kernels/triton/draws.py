@@ -4,12 +4,8 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .common import power
 
 ONE, TWO = tl.constexpr(0xD2E7470EE14C6C93), tl.constexpr(0xCA5A826395121157)  # the rounds' multipliers
 STEP, LEAP = tl.constexpr(0x9E3779B97F4A7C15), tl.constexpr(0xBB67AE8584CAA73B)  # what is added to the key
@@ -39,28 +35,3 @@ def units(spots, upper, purpose: tl.constexpr, seed):
     pick = spots % 4
     word = tl.where(pick == 0, a, tl.where(pick == 1, b, tl.where(pick == 2, c, d)))
     return (word >> 11).to(tl.int64).to(tl.float64) * (1.0 / 9007199254740992.0)
-
-
-@triton.jit
-def _uniform_kernel(seeds, canvases, steps, out, length, PURPOSE: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0)
-    spots = tl.arange(0, WIDTH)
-    upper = tl.load(steps + row).to(tl.uint64) | (tl.load(canvases + row).to(tl.uint64) << 32)
-    value = units(spots, upper, PURPOSE, tl.load(seeds + row).to(tl.uint64, bitcast=True))
-    tl.store(out + row * length + spots, value, mask=spots < length)
-
-
-def uniform(seeds: Tensor, canvases: Tensor, steps: Tensor, purpose: int, length: int) -> Tensor:
-    """`CounterDraws.uniform`: float64 [B, length] in [0, 1).
-
-    Args:
-        seeds: int64 [B], a seed's 64 bits.
-        canvases, steps: int64 [B].
-        purpose: `CounterDraws.NOISE` or `SAMPLE`.
-    """
-    out = torch.empty(len(seeds), length, dtype=torch.float64, device=seeds.device)
-    if len(seeds):
-        _uniform_kernel[(len(seeds),)](
-            seeds, canvases, steps, out, length, PURPOSE=purpose, WIDTH=power(length), num_warps=4
-        )
-    return out

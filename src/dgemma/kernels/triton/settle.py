@@ -4,6 +4,8 @@
 2. `settle`: what `diffusion.Canvas` does of what was found: acceptance, fresh noise, pins, stability, the stop.
 3. `keep`: the blend's parts added up, scaled and kept as soft embeddings.
 
+And for single tokens, of requests in autoregressive mode, in two: `roll`, their random numbers; `choose`, their words.
+
 Entropies are added up in float64. So the order in which that is done does not show, and what is accepted is what the
 reference accepts, down to its rounding of each sum to float32.
 """
@@ -163,6 +165,24 @@ def _keep_kernel(places, parts, soft, n, L, H, scale, SPLITS: tl.constexpr, WIDT
     tl.store(there, narrow(value * scale, soft.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _roll_kernel(asked, uniforms, n, WIDTH: tl.constexpr):
+    lanes = tl.arange(0, WIDTH)
+    seed = tl.load(asked + lanes, mask=lanes < n, other=0).to(tl.uint64, bitcast=True)
+    upper = tl.load(asked + n + lanes, mask=lanes < n, other=0).to(tl.uint64) << 32
+    tl.store(uniforms + lanes, units(lanes * 0, upper, SAMPLE, seed).to(tl.float32), mask=lanes < n)
+
+
+@triton.jit
+def _choose_kernel(asked, argmaxes, samples, entropies, words, n, WIDTH: tl.constexpr):
+    lanes = tl.arange(0, WIDTH)
+    inside = lanes < n
+    greedy = tl.load(asked + 2 * n + lanes, mask=inside, other=0) != 0
+    argmax, sample = tl.load(argmaxes + lanes, mask=inside, other=0), tl.load(samples + lanes, mask=inside, other=0)
+    sound = tl.abs(tl.load(entropies + lanes, mask=inside, other=0.0)) < float("inf")
+    tl.store(words + lanes, tl.where(sound, tl.where(greedy, argmax, sample), -1), mask=inside)
+
+
 def ask(held: Held, places: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Temperatures, and numbers in [0, 1) to sample with, of the next step of canvases at places int64 [M]: float32
     [M * n] each, of n positions a canvas.
@@ -196,3 +216,21 @@ def keep(parts: Tensor, scale: float, soft: Tensor, places: Tensor) -> None:
         places, parts, soft, rows // len(places), soft.shape[1], width, scale, SPLITS=splits, WIDTH=power(width),
         num_warps=8,
     )  # fmt: skip
+
+
+def roll(asked: Tensor) -> Tensor:
+    """Numbers in [0, 1), float32 [n], to sample single tokens with.
+
+    Args:
+        asked: int64 [3, n]: seeds, how many tokens their answers have, 1 where the likeliest word is taken.
+    """
+    n = asked.shape[1]
+    uniforms = torch.empty(n, device=asked.device)
+    _roll_kernel[(1,)](asked, uniforms, n, WIDTH=power(n), num_warps=4)
+    return uniforms
+
+
+def choose(asked: Tensor, found: Belief, tokens: Tensor) -> None:
+    """Writes to `tokens`, int64 [n], what is taken of what was found; -1 where the scores are no numbers."""
+    n = asked.shape[1]
+    _choose_kernel[(1,)](asked, *found, tokens, n, WIDTH=power(n), num_warps=4)
