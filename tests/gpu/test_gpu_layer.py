@@ -20,7 +20,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """The network's norm with a weight."""
     own = RMSNorm(x.shape[-1], EPS, scaled=weight is not None)
     if weight is not None:
-        own.weight.data = weight
+        own.weight = torch.nn.Parameter(weight, requires_grad=False)
     return own(x).detach()
 
 
@@ -32,14 +32,14 @@ def test_heads(width: int, fraction: float, own_values: bool) -> None:
     tokens, page = 5, 4
     queries, keys = numbers(tokens, 3, width), numbers(tokens, 2, width)
     one, two = numbers(width, seed=1), numbers(width, seed=2)
-    turn = rotation(torch.arange(7, 7 + tokens), shape, torch.float32)
-    slots = torch.tensor([-1, 9, 10, -1, 0])
-    pool = torch.zeros(3, 2, page, width), torch.zeros(3, 2, page, width)
+    positions = torch.arange(7, 7 + tokens, device=DEVICE)
+    turn = rotation(positions, shape, torch.float32)
+    slots = torch.tensor([-1, 9, 10, -1, 0], device=DEVICE)
+    pool = tuple(torch.zeros(2, 3, 2, page, width, device=DEVICE))
     parts = [queries, keys, numbers(tokens, 2, width, seed=4)] if own_values else [queries, keys]
     found = layer.heads(
         torch.cat([part.flatten(1) for part in parts], dim=-1), 3, one, two,
-        layer.turns(torch.arange(7, 7 + tokens, device=DEVICE), inverse_frequencies(shape, DEVICE), torch.float32), EPS,
-        slots=slots, pool=pool,
+        layer.turns(positions, inverse_frequencies(shape, DEVICE), torch.float32), EPS, slots=slots, pool=pool,
     )  # fmt: skip
     wanted = rotate(rms(queries, one), turn), rotate(rms(keys, two), turn), rms(parts[-1])
     for own, right in zip(found, wanted, strict=True):

@@ -80,7 +80,8 @@ def test_broken_scores_are_named() -> None:
     """NaN and infinity: entropy NaN, word 0; other positions as before."""
     table, hidden = numbers(200, 32), numbers(4, 32)
     hidden[1, 0], hidden[2, 0] = float("nan"), float("inf")
-    found = step(hidden, table, heats=torch.ones(4), cap=30.0, tolerance=1e-6, uniform=torch.full((4,), 0.5)).found
+    heats, uniform = torch.full((2, 4), 0.5, device=DEVICE)
+    found = step(hidden, table, heats=heats, cap=30.0, tolerance=1e-6, uniform=uniform).found
     assert torch.isnan(found.entropies).tolist() == [False, True, True, False]
     assert found.argmax[1:3].tolist() == found.sampled[1:3].tolist() == [0, 0]
 
