@@ -127,6 +127,15 @@ def rest(form):
     build(settle._keep_kernel, t, {"SPLITS": 6, "WIDTH": 4096})
     build(experts._sum_kernel, t, {"BN": 1024}, weights="*fp32")
 
+def wide(form):
+    t = tiles.vocabulary(256, form, True)
+    own = {"FORM": form, "CAPPED": True, "SHARED": False, "BM": t.rows, "BN": t.columns, "BK": t.inner}
+    build(vocabulary._scores_kernel, t, own, x="*fp32", w="*fp32", weights="*fp32")
+    t = tiles.attention(512, True)
+    own = {"GROUP": 8, "LANES": 8, "BQ": t.rows // 8, "BK": t.columns, "BD": 512, "PAGE": 256, "SPLITS": 4}
+    build(attention._attend_kernel, t, own,
+          **dict.fromkeys("queries keys values pool_keys pool_values out".split(), "*fp32"))
+
 globals()[sys.argv[1]](sys.argv[2])
 """
 
@@ -136,11 +145,12 @@ globals()[sys.argv[1]](sys.argv[2])
     [("products", f) for f in ("float", "fp8", "int8", "int4", "nvfp4")]
     + [("older", f) for f in ("float", "int8", "int4", "nvfp4")]
     + [("attending", ""), ("rest", "")]
-    + [("words", f) for f in ("float", "fp8", "int8")],
+    + [("words", f) for f in ("float", "fp8", "int8")]
+    + [("wide", "float")],
 )
 def test_compiles(part: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code, within a multiprocessor's shared memory; products on its tensor cores; "older": for the oldest
-    cards that the kernels are for."""
+    cards that the kernels are for; "wide": in float32, which takes the most memory."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     done = subprocess.run([sys.executable, "-c", CODE, part, form], capture_output=True, text=True, timeout=170)

@@ -240,7 +240,7 @@ def attend(
     """
     rows, heads, width = queries.shape
     _, kv_heads, page, _ = pool_keys.shape
-    tile, splits = tiles.attention(width), plan.splits
+    tile, splits = tiles.attention(width, queries.dtype == torch.float32), plan.splits
     parts = torch.empty_like(queries)
     peaks, sums = parts, parts
     if splits > 1:

@@ -82,11 +82,13 @@ def product(rows: int, weight: Operand, columns: int) -> Tile:
 PROGRAMS = 264  # that a card should have at once: two for each of an H100's multiprocessors
 
 
-def attention(head_dim: int) -> Tile:
+def attention(head_dim: int, wide: bool = False) -> Tile:
     """For attention: the sums of 64 rows of 512 or 128 rows of 256 take half of a multiprocessor's registers.
 
-    `rows` are pairs of a query and a head, `columns` keys.
+    `rows` are pairs of a query and a head, `columns` keys; `wide`: in float32, of which shared memory holds fewer keys.
     """
+    if wide and head_dim > 128:
+        return replace(attention(head_dim), columns=16 if head_dim > 256 else 32, stages=1)
     if head_dim > 256:
         return Tile(rows=64, columns=32, warps=8, stages=2)
     if head_dim > 64:
@@ -99,8 +101,10 @@ def least_keys(head_dim: int) -> int:
     return 512 if head_dim > 256 else 256
 
 
-def vocabulary(positions: int, form: str) -> Tile:
-    """For scores: `columns` are the words of a tile, which the blend takes or leaves as one."""
+def vocabulary(positions: int, form: str, wide: bool = False) -> Tile:
+    """For scores: `columns` are the words of a tile, which the blend takes or leaves as one; `wide`: in float32."""
+    if wide:
+        return Tile(rows=64 if positions <= 64 else 128, columns=128, inner=64, warps=8, stages=2)
     rows = 64 if positions <= 64 else 128 if positions <= 128 else 256
     return Tile(rows=rows, columns=128, inner=128 if form == "fp8" else 64, warps=8, stages=4)
 

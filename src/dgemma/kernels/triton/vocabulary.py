@@ -273,7 +273,7 @@ def step(
     own = operand(table)
     n, (words, width), device = len(hidden), own.shape, hidden.device
     assert max(n, width) * words < 1 << 31
-    tile = tiles.vocabulary(n, own.form)
+    tile = tiles.vocabulary(n, own.form, hidden.dtype == torch.float32 and own.form != "fp8")
     count = triton.cdiv(words, tile.columns)
     weights = torch.empty(n, words, dtype=hidden.dtype, device=device)
     shared = cap is not None and bias is None and hidden.dtype != torch.float32
