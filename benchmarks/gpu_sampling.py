@@ -43,10 +43,11 @@ def sampling(config: ModelConfig, make: Maker, canvases: int) -> Iterator[Case]:
         for seed, own in enumerate(zip(*(part.view(canvases, 1, length) for part in found), strict=True)):
             canvas = Canvas(
                 SamplingParams(), settings, rows=1, length=length, vocabulary=config.vocab_size, index=0, before=0,
-                policy=TRANSFORMERS, draws=CounterDraws([seed], device),
+                policy=TRANSFORMERS, draws=CounterDraws([seed]),
             )  # fmt: skip
-            steps.append(canvas.update(Belief(*own)))
-        return tuple(torch.cat([getattr(s, name) for s in steps]) for name in ("canvas", "argmax", "accepted"))
+            steps.append(canvas.update(Belief(*(part.cpu() for part in own))))
+        names = ("canvas", "argmax", "accepted")
+        return tuple(torch.cat([getattr(step, name) for step in steps]).to(device) for name in names)
 
     yield Case(name="settle", ours=ours, twin=twin, tolerance=1e-7)
     parts, soft = make.numbers(4, rows, hidden, dtype=torch.float32), make.numbers(canvases, length, hidden)

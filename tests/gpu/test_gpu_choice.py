@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from gpu_tensors import DEVICE, near, numbers, weight
+from gpu_tensors import DEVICE, near, numbers, room, weight
 
 from dgemma.kernels import gpu, plain, reference
 from dgemma.kernels.wish import Wish
@@ -18,12 +18,13 @@ def test_products(form: str) -> None:
     """The same through the door as in plain torch, also for groups that no kernel takes."""
     x = numbers(2, 3, 64)
     own = weight(form, 10, 64)
-    near(gpu.linear(x, own), plain.linear(x.flatten(0, 1), own).view(2, 3, 10), 2e-6)
+    near(gpu.linear(x, own), plain.linear(x.flatten(0, 1), own).view(2, 3, 10), room(form, 2e-6))
     gate_up, down = weight(form, 2 * 32, 64), weight(form, 64, 32, seed=1)
-    tolerance = 2e-3 if form == "fp8" else 2e-6
+    tolerance = room(form, 2e-3, 2**-5) if form == "fp8" else 2e-6
     flat = x.flatten(0, 1)
-    ones, zeros = torch.ones(len(flat), 1), torch.zeros(len(flat), 1, dtype=torch.int64)
-    near(gpu.experts(flat, ones, zeros, gate_up[None], down[None]), plain.mlp(flat, gate_up, down), tolerance)
+    ones = torch.ones(len(flat), 1, device=DEVICE)
+    found = gpu.experts(flat, ones, torch.zeros_like(ones, dtype=torch.int64), gate_up[None], down[None])
+    near(found, plain.mlp(flat, gate_up, down), tolerance)
 
 
 def test_choices_have_reasons() -> None:
@@ -35,7 +36,8 @@ def test_choices_have_reasons() -> None:
 
 
 def test_old_cards_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below 8.0 there are no kernels at all, below 8.9 none for FP8; AMD's cards count otherwise."""
+    """Below 8.0 there are no kernels at all, below 8.9 none for FP8; AMD's cards count otherwise. The library's product
+    in FP8 wants sizes that 16 divides."""
     network = torch.nn.Linear(32, 32)
     assert gpu.missing(network) is None
     fp8 = weight("fp8", 16, 32)
@@ -48,6 +50,7 @@ def test_old_cards_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu.choose("linear", fp8).way == gpu.PLAIN and "8.9" in gpu.choose("linear", fp8).reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.choose("linear", fp8).way == gpu.LIBRARY
+    assert {gpu.choose("linear", weight("fp8", *shape)).way for shape in ((10, 32), (16, 40))} == {gpu.TRITON}
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert gpu.choose("linear", fp8).way == gpu.TRITON
 

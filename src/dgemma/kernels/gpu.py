@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -77,13 +77,13 @@ def choose(operation: str, weight: Weight | None = None) -> Choice:
         return Choice(PLAIN, "the kernels have no product for groups of this size")
     if form == "fp8" and _capability() < FP8_CAPABILITY:
         return Choice(PLAIN, "products in FP8 need compute capability 8.9")
-    return _way(operation, form)
+    return _way(operation, form, () if weight is None else weight.shape)
 
 
-def _way(operation: str, form: str) -> Choice:
+def _way(operation: str, form: str, shape: Sequence[int]) -> Choice:
     """Of weights that the kernels have a product for."""
-    if (operation, form) == ("linear", "fp8") and not _scaled_products():
-        return Choice(TRITON, "torch._scaled_mm by row needs CUDA and a card of compute capability 9.0 or later")
+    if (operation, form) == ("linear", "fp8") and (any(size % 16 for size in shape) or not _scaled_products()):
+        return Choice(TRITON, "torch._scaled_mm by row needs CUDA, compute capability 9.0, and sizes that 16 divides")
     return CHOICES.get((operation, form), Choice(PLAIN, "there is no kernel for weights of this form"))
 
 
@@ -138,7 +138,8 @@ def product(own: Ready, weight: Operand, dtype: torch.dtype) -> Tensor:
 
     if weight.form in ("int4", "nvfp4", "int8") and len(own.values) >= MANY_ROWS:
         return plain.linear(own.values, kernels.widened(weight, own.values.dtype))
-    if _way("linear", weight.form).way == TRITON:
+    rounded = weight.form == "fp8" and dtype == torch.float32  # the library's outputs are in bfloat16
+    if rounded or _way("linear", weight.form, weight.shape).way == TRITON:
         return kernels.product(own, weight, dtype)
     if weight.form == "float":
         return plain.linear(own.values, weight.data)
