@@ -152,11 +152,9 @@ def protocol(check: Check) -> None:
     found = check.figures.setdefault("tokens_per_second", {})
     given, new, steps = (9, 8, 2) if check.tiny else (1024, 1024, 16)
     for form in check.forms:
-        check.free()
-        if not check.time_for(f"protocol {form}", 45):
-            continue
         config = config_of(check.layers, tiny=check.tiny)
-        network = network_of(config, form, check.device)
+        if not check.time_for(f"protocol {form}", 45) or (network := check.network(config, form)) is None:
+            continue
         for batch in (2,) if check.tiny else (1, 8):
             settings = EngineSettings(
                 kernels="triton",
@@ -194,7 +192,11 @@ def transformers(check: Check) -> None:
     from gpu_peer import peer_rate
 
     given, new = (24, 16) if check.tiny else (1024, 1024)
-    rates = peer_rate(check.layers, check.tiny, check.device, given, new, rounds=1 if check.tiny else 3)
+    try:
+        rates = peer_rate(check.layers, check.tiny, check.device, given, new, rounds=1 if check.tiny else 3)
+    except torch.OutOfMemoryError:
+        check.left_out.append("transformers: does not fit")
+        return
     rate = statistics.median(rates)
     check.say(f"transformers bfloat16: {rate:.1f} tokens/s", section="transformers", rates=rates)
     check.figures["transformers"] = {"tokens_per_second": round(rate, 1)}

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from gpu_case import timed
+from gpu_weights import network_of
 from record import Results
+
+from dgemma.config import ModelConfig
+from dgemma.model import Network
 
 LAYERS = 30
 
@@ -42,6 +46,16 @@ class Check:
             return True
         self.left_out.append(what)
         return False
+
+    def network(self, config: ModelConfig, form: str) -> Network | None:
+        """A random network; where the card does not hold it, none, and it is named."""
+        self.free()
+        try:
+            return network_of(config, form, self.device)
+        except torch.OutOfMemoryError:
+            self.left_out.append(f"{form}: the weights do not fit")
+        self.free()
+        return None
 
     def free(self) -> None:
         """Gives memory back before the next network."""

@@ -27,10 +27,10 @@ CASES = [
     ("90", "nvfp4", "one"),
     ("90", "float32", "one"),
     ("80", "int4", "one"),
-    ("89", "fp8", "one", "eight"),
+    ("89", "fp8", "eight"),
     ("100", "fp8", "one"),
-    ("120", "nvfp4", "one", "eight"),
-    ("gfx942", "int4", "one", "eight"),
+    ("120", "nvfp4", "eight"),
+    ("gfx942", "int4", "eight"),
     ("gfx1201", "int8", "one"),
 ]
 

@@ -26,16 +26,21 @@ class Card(NamedTuple):
     Fields:
         shared: bytes of shared memory that a program can have.
         processors: multiprocessors.
-        large: whether tensor cores take 64 rows and more at a time from shared memory: NVIDIA's 9.0 and 10.x.
+        generation: of NVIDIA's tensor cores that take 64 rows and more at a time from shared memory: 9 or 10; else 0.
     """
 
     shared: int
     processors: int
-    large: bool
+    generation: int
+
+    @property
+    def large(self) -> bool:
+        """Whether tiles can be large."""
+        return self.generation > 0
 
 
 SPARE = 4096  # bytes for what else a program has in shared memory
-H100 = Card(shared=227 * 1024, processors=132, large=True)
+H100 = Card(shared=227 * 1024, processors=132, generation=9)
 
 
 def card() -> Card:
@@ -47,8 +52,8 @@ def card() -> Card:
 def _card(number: int) -> Card:
     own = torch.cuda.get_device_properties(number)
     shared = getattr(own, "shared_memory_per_block_optin", own.shared_memory_per_block)
-    large = torch.version.hip is None and own.major in (9, 10)
-    return Card(shared=shared, processors=own.multi_processor_count, large=large)
+    known = torch.version.hip is None and own.major in (9, 10)
+    return Card(shared=shared, processors=own.multi_processor_count, generation=own.major if known else 0)
 
 
 def _exact(size: int) -> bool:
@@ -128,7 +133,8 @@ def product(rows: int, weight: Operand, columns: int, size: int = 2) -> Tile:
 
 
 def _fitted(tile: Tile, weight: Operand, size: int, lines: int | None = None) -> Tile:
-    """With fewer stages and less of the summed width at a time, so that the loads under way fit the card.
+    """With fewer stages and less of the summed width at a time, so that the loads under way fit the card; and with more
+    warps for many sums where those are not Hopper's.
 
     Args:
         lines: rows of the weight that a program takes; None: as many as outputs.
@@ -140,6 +146,8 @@ def _fitted(tile: Tile, weight: Operand, size: int, lines: int | None = None) ->
     def fits(tile: Tile) -> bool:
         return tile.stages * each * tile.inner <= card().shared - SPARE
 
+    if card().generation != 9 and tile.rows * (lines or tile.columns) >= 8192:
+        tile = replace(tile, warps=8)
     while tile.stages > 3 and not fits(tile):
         tile = replace(tile, stages=tile.stages - 1)
     while tile.inner > max(64, weight.span, weight.group) and not fits(tile):
@@ -179,7 +187,7 @@ def vocabulary(positions: int, form: str, size: int = 2) -> Tile:
     activation."""
     if _exact(size):
         return Tile(rows=64, columns=128, inner=32, warps=8, stages=2)
-    rows = 64 if positions <= 64 else 128 if positions <= 128 or not card().large else 256
+    rows = 64 if positions <= 64 else 128 if positions <= 128 or card().generation != 9 else 256
     tile = Tile(rows=rows, columns=128, inner=128 if form == "fp8" else 64, warps=8, stages=4)
     return tile if card().large else replace(tile, inner=tile.inner // 2)
 
