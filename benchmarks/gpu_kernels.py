@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgemma.config import AttentionShape, ModelConfig
+from dgemma.diffusion.sampling import keep_likely
 from dgemma.kernels import gpu, plain, reference
 from dgemma.kernels.triton import attention, experts, layer, routing, vocabulary
 from dgemma.kernels.triton.common import operand
 from dgemma.kernels.wish import Wish
 from dgemma.model.norm import RMSNorm
 from dgemma.model.rope import inverse_frequencies, rotate, rotation
+
+TOP_P = 0.9
 
 
 def cases(config: ModelConfig, make: Maker, canvases: int) -> list[Callable[[], Iterator[Case]]]:
@@ -217,16 +220,18 @@ def _vocabulary(config: ModelConfig, make: Maker, form: str, x: Tensor) -> Itera
     uniform = torch.rand(len(rows), generator=make.generator, device=make.device)
     heats = torch.full((len(rows),), wish.heat, device=make.device)
 
-    def ours() -> tuple[Tensor, ...]:
-        step = vocabulary.step(rows, table, heats=heats, cap=wish.cap, tolerance=2.0**-9, uniform=uniform)
+    def ours(likely: Tensor | None = None) -> tuple[Tensor, ...]:
+        step = vocabulary.step(
+            rows, table, heats=heats, cap=wish.cap, tolerance=2.0**-9, uniform=uniform, likely=likely
+        )
         assert step.soft is not None
         return step.found.entropies, step.soft
 
-    def twin() -> tuple[Tensor, ...]:
+    def twin(top_p: float = 1.0) -> tuple[Tensor, ...]:
         found, soft = [], []
         for part in rows.split(64):
-            scores = plain.linear(part, table).float()
-            belief, weights, totals = reference.read(scores, wish, None)
+            scores = keep_likely(wish.process(plain.linear(part, table).float()), None, top_p)
+            belief, weights, totals = reference.read(scores, Wish(heat=1.0), None)
             entries = table if isinstance(table, Tensor) else table.dequantize().to(part.dtype)
             found.append(belief.entropies)
             soft.append(((weights / totals).to(part.dtype) @ entries).float())
@@ -240,3 +245,10 @@ def _vocabulary(config: ModelConfig, make: Maker, form: str, x: Tensor) -> Itera
         moved=2 * table.nbytes,
         tolerance=FP8_TOLERANCE if form == "fp8" else 2 * TOLERANCE[make.dtype],
     )
+    if form == FORMS[0]:
+        likely = torch.tensor([(0, TOP_P, 0)] * len(rows), device=make.device)
+        most = partial(twin, TOP_P)
+        yield Case(
+            name="vocabulary, likely words", ours=partial(ours, likely), twin=most, library=most,
+            moved=2 * table.nbytes, tolerance=4 * TOLERANCE[make.dtype],
+        )  # fmt: skip

@@ -17,10 +17,24 @@ from dgemma.params import GenerationConfig, SamplingParams
 NEVER = 1e-30  # a confidence that no canvas reaches: every one takes all of its steps
 
 
-def ask(config: ModelConfig, prompt: list[int], *, seed: int, new: int, steps: int, mode: str = "diffusion") -> Request:
+def ask(
+    config: ModelConfig,
+    prompt: list[int],
+    *,
+    seed: int,
+    new: int,
+    steps: int,
+    mode: str = "diffusion",
+    top_p: float = 1.0,
+) -> Request:
     """A request whose canvases all take `steps` steps, and which nothing ends early."""
     params = SamplingParams(
-        seed=seed, max_new_tokens=new, max_denoising_steps=steps, confidence_threshold=NEVER, mode=mode
+        seed=seed,
+        max_new_tokens=new,
+        max_denoising_steps=steps,
+        confidence_threshold=NEVER,
+        mode=mode,
+        top_p=top_p,
     )
     return Request(
         prompt=tuple(prompt),

@@ -30,7 +30,7 @@ def sampling(config: ModelConfig, make: Maker, canvases: int) -> Iterator[Case]:
         whole = seed, 0, length, settings.max_denoising_steps, settings.stability_threshold, 0, 0
         held.whole[seed] = torch.tensor([*whole, *[-1] * settle.ENDS])
         heats = settings.t_min, settings.t_max - settings.t_min, 1.0
-        held.real[seed] = torch.tensor([*heats, settings.entropy_bound, settings.confidence_threshold])
+        held.real[seed] = torch.tensor([*heats, settings.entropy_bound, settings.confidence_threshold, 0.0, 1.0, 0.0])
 
     def ours() -> tuple[Tensor, ...]:
         held.counts.zero_()

@@ -122,6 +122,11 @@ class SamplingParams:
             if not _is_int(token) or token < 0:
                 raise RequestError(f"stop_token_ids: every entry is a token id, not {token!r}")
 
+    @property
+    def likely_alone(self) -> bool:
+        """Whether words are drawn from the likelier ones alone."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> SamplingParams:
         """Builds the settings from plain keys; an unknown key is refused by name."""

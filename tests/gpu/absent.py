@@ -4,9 +4,9 @@
 
 The engine runs on torch's "meta" device, whose tensors have shapes and no numbers, and Triton is told of a card: a
 compute capability ("89") or an AMD architecture ("gfx942"). FORM is that of the weights; "float32" is the demo model.
-STEP is "one" (a canvas), "commit" (one committed beside the next), "eight" (canvases), or "token". A kernel that needs
-more shared memory than the card has, or keeps more numbers outside of registers than `SPILLED`, or multiplies without
-tensor cores, is named, and the exit status is 1. The last line is how many were compiled.
+STEP is "one" (a canvas), "commit" (one committed beside the next), "eight" (canvases of likely words), or "token". A
+kernel that needs more shared memory than the card has, or keeps more numbers outside of registers than `SPILLED`, or
+multiplies without tensor cores, is named, and the exit status is 1. The last line is how many were compiled.
 """
 
 from __future__ import annotations
@@ -181,7 +181,9 @@ def step(network: Any, canvases: int, encoded: bool) -> None:
     works, seated = [], []
     fresh = (length if canvases else 1) if encoded else 0
     for number in range(count):
-        request = ask(config, [1] * (PREFIX + fresh), seed=number, new=length, steps=9)
+        request = ask(
+            config, [1] * (PREFIX + fresh), seed=number, new=length, steps=9, top_p=0.9 if count == 8 else 1.0
+        )
         row = Row(request, ticket(PREFIX, number), None, config.vocab_size)
         row.enter(pages, reuse=False)
         assert row.table is not None

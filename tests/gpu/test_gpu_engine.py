@@ -33,8 +33,15 @@ MIXES: dict[str, list[dict[str, Any]]] = {
         {"stop_at_end": True, "stop_token_ids": (5, 9), "seed": -3},
         {"stability_threshold": 0, "confidence_threshold": 9.0, "entropy_bound": 0.5},
     ],
+    "likely words": [
+        {"top_k": 5, "canvas_length": 2, "max_new_tokens": 2},
+        {"top_p": 0.7, "canvas_length": 2, "max_new_tokens": 3},
+        {"canvas_length": 2, "max_new_tokens": 2},
+        {"min_p": 0.2, "temperature": 1.5, "canvas_length": 2, "max_new_tokens": 2},
+        {"mode": "autoregressive", "max_new_tokens": 2, "top_p": 0.6, "top_k": 9},
+    ],
     "wishes of their own": [
-        {"top_k": 5},
+        {"top_k": 5, "logprobs": 0},
         {},
         {"logit_bias": {7: 3.0}, "min_tokens": 9, "stop_token_ids": (4,)},
         {"logprobs": 2},
@@ -44,7 +51,7 @@ MIXES: dict[str, list[dict[str, Any]]] = {
         {"mode": "autoregressive", "max_new_tokens": 3},
         {"mode": "autoregressive", "max_new_tokens": 2, "temperature": 0.0},
         {"max_new_tokens": 5},
-        {"mode": "autoregressive", "max_new_tokens": 2, "top_p": 0.6},
+        {"mode": "autoregressive", "max_new_tokens": 2, "logprobs": 1},
         {"mode": "autoregressive", "max_new_tokens": 4, "min_tokens": 2, "stop_token_ids": tuple(range(3, 40))},
     ],
 }

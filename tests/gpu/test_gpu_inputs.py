@@ -13,6 +13,7 @@ from dgemma.config import ModelConfig
 from dgemma.engine.forward import Work
 from dgemma.engine.inputs import Parcel, Planner, Seated
 from dgemma.engine.pages import Pages, Table
+from dgemma.params import SamplingParams
 from tiny import Spec, build
 
 SIZE, WINDOW, CANVAS = 4, 6, 8
@@ -36,7 +37,7 @@ class Batch:
             table.reserve(length + 2 * CANVAS)
             history = [(7 * number + place) % 50 for place in range(64)]
             table.advance(history, length)
-            params = SimpleNamespace(temperature=0.5 * number)
+            params = SamplingParams(temperature=0.5 * number, top_k=number or None, top_p=1 - 0.1 * number)
             request = SimpleNamespace(seed=number - 1, params=params)
             self.rows.append(SimpleNamespace(table=table, history=history, tokens=[0] * number, request=request))
 
@@ -47,7 +48,8 @@ class Batch:
         for place, length in enumerate(denoise):
             row = self.rows[len(self.rows) - 1 - place]
             row.history = row.history[: row.table.length]
-            seated.append(Seated(Work(row, 0, True, denoised=length), None, 5 - place))
+            canvas = SimpleNamespace(params=row.request.params)
+            seated.append(Seated(Work(row, 0, True, denoised=length), canvas, 5 - place))
         return works, self.planner.plan(works, seated, own, draws=draws)
 
 
@@ -79,7 +81,9 @@ def test_every_row_is_where_it_belongs(
         assert inputs.lasts[number] == start + work.encode - 1
         params = work.row.request.params
         wanted = [work.row.request.seed, len(work.row.tokens), int(params.temperature == 0)]
-        assert inputs.asked[:, number].tolist() == wanted and inputs.heats[number] == (params.temperature or 1.0)
+        assert inputs.asked[:, number].tolist() == wanted
+        levels = params.temperature or 1.0, params.top_k or 0, params.top_p, 0.0
+        assert inputs.levels[:, number].tolist() == pytest.approx(levels)
     for sliding in (False, True):
         assert all(slot == -1 for row, slot in enumerate(layout.slots[sliding].tolist()) if row not in real)
     for number, (length, start) in enumerate(zip(denoise, starts[len(works) :], strict=True)):

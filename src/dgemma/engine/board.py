@@ -12,9 +12,10 @@ from torch import Tensor
 from ..diffusion import Canvas, Step
 from ..kernels.cpu import TOLERANCE
 from ..kernels.triton import settle
-from ..kernels.triton.settle import ENDS
+from ..kernels.triton.settle import ENDS, LEVELS
 from ..kernels.triton.vocabulary import step as look
 from ..model import Network
+from ..params import SamplingParams
 
 
 class Board:
@@ -37,12 +38,15 @@ class Board:
         self.soft = torch.zeros(places, length, network.config.hidden_size, dtype=network.dtype, device=network.device)
         self._scale = float(network.embedding_scale())
 
-    @staticmethod
-    def takes(canvas: Canvas) -> bool:
+    def takes(self, canvas: Canvas) -> bool:
         """Whether `settle` can do all that a canvas's request wants of its scores."""
-        params, wish = canvas.params, canvas.wish
-        plain = wish is not None and not wish.bias and not wish.barred and params.logprobs is None
-        return plain and len(canvas.ends) <= ENDS
+        wish = canvas.whole_wish
+        return self.takes_all(canvas.params) and not wish.bias and not wish.barred and len(canvas.ends) <= ENDS
+
+    def takes_all(self, params: SamplingParams) -> bool:
+        """Whether that can be, as far as a request's parameters say."""
+        likely = params.likely_alone and self.network.ranks is not None
+        return not likely and not params.logit_bias and params.logprobs is None
 
     def begin(self, place: int, canvas: Canvas, seed: int) -> None:
         """Puts a canvas before its first step into a place."""
@@ -65,6 +69,7 @@ class Board:
             params.temperature or 1.0,
             settings.entropy_bound,
             settings.confidence_threshold,
+            *likely_of(params),
         ]
         held, device = self.held, self.tokens.device
         held.whole[place] = torch.tensor(whole, dtype=torch.int64).to(device, non_blocking=True)
@@ -83,15 +88,15 @@ class Board:
         """Positions that keep a token, int64 [n], -1: none."""
         self.held.pins[place, : len(pins)] = pins.to(self.tokens.device, non_blocking=True)
 
-    def settle(self, hidden: Tensor, places: Tensor, flags: Tensor) -> None:
+    def settle(self, hidden: Tensor, places: Tensor, flags: Tensor, *, likely: bool) -> None:
         """One step of some canvases: hidden states [M * n, H] and their places int64 [M]; writes to `flags`, uint8 [M],
         how each stands.
 
         Each has its first n positions' states; n is no less than the longest's length. A place may be given twice: the
-        first counts, and the others have no flag.
+        first counts, and the others have no flag. `likely`: whether some are restricted to likely words.
         """
-        config = self.network.config
-        heats, uniforms = settle.ask(self.held, places, len(hidden) // len(places))
+        config, n = self.network.config, len(hidden) // len(places)
+        heats, uniforms = settle.ask(self.held, places, n)
         step = look(
             hidden,
             self.network.embed_tokens.weight,
@@ -100,29 +105,32 @@ class Board:
             tolerance=TOLERANCE[hidden.dtype],
             uniform=uniforms,
             peers=self.network.ranks,
+            likely=self.held.real[places, LEVELS.value :].repeat_interleave(n, dim=0) if likely else None,
         )
         assert step.parts is not None
         settle.keep(step.parts, self._scale, self.soft, places)
         settle.settle(self.held, step.found, places, flags, config.vocab_size)
 
-    def draw(self, hidden: Tensor, asked: Tensor, heats: Tensor, tokens: Tensor) -> None:
+    def draw(self, hidden: Tensor, asked: Tensor, levels: Tensor, tokens: Tensor, *, likely: bool) -> None:
         """Autoregressive mode: writes to `tokens`, int64 [n], one for each of hidden states [n, H]; -1 where the scores
         are no numbers.
 
         Args:
             asked: int64 [3, n], see `settle.roll`.
-            heats: float32 [n], temperatures.
+            levels: float32 [4, n]: temperatures, and what `likely_of` gives.
+            likely: whether some are restricted to likely words.
         """
         config = self.network.config
         step = look(
             hidden,
             self.network.embed_tokens.weight,
-            heats=heats,
+            heats=levels[0],
             cap=config.final_logit_softcapping,
             tolerance=TOLERANCE[hidden.dtype],
             uniform=settle.roll(asked),
             soft=False,
             peers=self.network.ranks,
+            likely=levels[1:].T.contiguous() if likely else None,
         )
         settle.choose(asked, step.found, tokens)
 
@@ -145,6 +153,11 @@ class Board:
             finished=torch.tensor([True]),
             committed=canvas.policy.commit(argmax, tokens),
         )
+
+
+def likely_of(params: SamplingParams) -> tuple[float, float, float]:
+    """What a request restricts its words to, as `kernels.triton.likely` takes it."""
+    return float(params.top_k or 0), params.top_p, params.min_p
 
 
 def signed(seed: int) -> int:

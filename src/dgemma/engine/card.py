@@ -120,11 +120,11 @@ class CardForward(Forward):
     def run(self, works: Sequence[Work]) -> list[tuple[Row, DGemmaError]]:
         encoding = [work for work in works if work.encode]
         denoising = self._seat([work for work in works if work.denoise])
-        denoising.sort(key=lambda one: not Board.takes(one.canvas))
-        own = sum(Board.takes(one.canvas) for one in denoising)
+        denoising.sort(key=lambda one: not self.board.takes(one.canvas))
+        own = sum(self.board.takes(one.canvas) for one in denoising)
         for work, canvas, place in denoising[own:]:
             self.board.put(place, canvas.tokens[0], None if work.row.soft is None else work.row.soft[0])
-        draws = [_draws(work) for work in encoding]
+        draws = [_draws(work) and self._plainly(work.row) for work in encoding]
         starts, graph = self._sent(encoding, denoising, own, draws=any(draws))
         hidden, told = graph()
         tokens, stands, sound = graph.hear(told)  # the host waits here
@@ -181,7 +181,7 @@ class CardForward(Forward):
         seats = {id(canvas): place for place, canvas in enumerate(self._seats) if canvas is not None}
         for work in works:
             canvas = work.row.canvas
-            if canvas is not None and canvas.number and id(canvas) not in seats and Board.takes(canvas):
+            if canvas is not None and canvas.number and id(canvas) not in seats and self.board.takes(canvas):
                 work.row.restart()
         wanted = [(work, work.row.look()) for work in works]
         here = {id(canvas) for _, canvas in wanted}
@@ -240,11 +240,17 @@ class CardForward(Forward):
         told = torch.empty(drawn + sampled + encoded, dtype=torch.uint8, device=hidden.device)
         flags = told[drawn:]
         if drawn:
-            board.draw(hidden[inputs.lasts], inputs.asked, inputs.heats, told[:drawn].view(torch.int64))
+            board.draw(
+                hidden[inputs.lasts], inputs.asked, inputs.levels, told[:drawn].view(torch.int64), likely=inputs.likely
+            )
         if sampled:
-            board.settle(hidden[inputs.rows], inputs.places, flags[:sampled])
+            board.settle(hidden[inputs.rows], inputs.places, flags[:sampled], likely=inputs.likely)
         layer.sound(hidden[:encoded], flags[sampled:])
         return Outputs(hidden, told)
+
+    def _plainly(self, row: Row) -> bool:
+        """Whether nothing more is wanted of the scores of a row's next token than the card does."""
+        return self.board.takes_all(row.request.params) and len(row.tokens) >= row.request.params.min_tokens
 
     def _append(self, work: Work, token: int, failed: list[tuple[Row, DGemmaError]]) -> None:
         """Gives a row the token that was drawn on the card."""
@@ -257,10 +263,5 @@ class CardForward(Forward):
 
 
 def _draws(work: Work) -> bool:
-    """Whether a step draws the token behind what is encoded: in autoregressive mode, if nothing more is wanted of its
-    scores than the card does.
-    """
-    row, params = work.row, work.row.request.params
-    likely = params.top_k or params.top_p < 1 or params.min_p > 0
-    plain = not likely and not params.logit_bias and params.logprobs is None and len(row.tokens) >= params.min_tokens
-    return plain and not row.diffusion and work.encode == row.pending
+    """Whether single tokens are drawn behind what is encoded."""
+    return not work.row.diffusion and work.encode == work.row.pending

@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..diffusion import Canvas
 from ..kernels.triton.attention import Numbers, unroll
 from ..model import Mode
-from .board import signed
+from .board import likely_of, signed
 from .forward import Work, encoding_of, fresh_of, table_of
 from .fused import Layout, lay_out
 from .pages import Pages, Table
@@ -34,6 +34,7 @@ class Key(NamedTuple):
         pitch: rows of each that is encoded.
         width: rows of each that is denoised.
         draws: whether tokens are drawn.
+        likely: whether some canvases or tokens are of likely words alone.
         splits: parts that keys are split in, by kind of layer.
     """
 
@@ -43,6 +44,7 @@ class Key(NamedTuple):
     pitch: int
     width: int
     draws: bool
+    likely: bool
     splits: tuple[int, int]
 
 
@@ -60,6 +62,7 @@ class Inputs:
 
     Fields:
         layout: where the rows of the forward belong.
+        likely: whether some canvases or tokens are of likely words alone.
         tokens: int64 [E], of the rows that are encoded.
         spots: int64 [D], where on the board the other rows' tokens and soft embeddings are.
         rows: int64 [M * L], the rows of the forward that are the canvases to sample.
@@ -67,26 +70,27 @@ class Inputs:
         lasts: int64 [N], the rows that a single token each is drawn behind: the last ones of all segments that are
             encoded, or none.
         asked: int64 [3, N], what they are drawn with (`Board.draw`).
-        heats: float32 [N], their temperatures.
+        levels: float32 [4, N], see there.
     """
 
     layout: Layout
+    likely: bool
     tokens: Tensor
     spots: Tensor
     rows: Tensor
     places: Tensor
     lasts: Tensor
     asked: Tensor
-    heats: Tensor
+    levels: Tensor
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        own = [self.tokens, self.spots, self.rows, self.places, self.lasts, self.asked, self.heats]
+        own = [self.tokens, self.spots, self.rows, self.places, self.lasts, self.asked, self.levels]
         return [*self.layout.tensors(), *own]
 
     def like(self, tensors: Iterator[Tensor]) -> Inputs:
         """The same with other tensors, in that order."""
-        return Inputs(self.layout.like(tensors), *tensors)
+        return Inputs(self.layout.like(tensors), self.likely, *tensors)
 
     def follow(self, works: Sequence[Work]) -> None:
         """Makes of a step on the host the one after it: the first segments encode another single token each, one place
@@ -191,7 +195,10 @@ class Planner:
             segments, self._config, self._page,
             encoded=sum(rooms[:count]), rooms=rooms, columns=columns, size=self._size,
         )  # fmt: skip
-        key = Key(count, more, sampled, pitch, width, draws, layout.splits) if graphed else None
+        drawing = [one.canvas.params for one in denoising[:own]]
+        drawing += [work.row.request.params for work in encoding if draws]
+        likely = any(params.likely_alone for params in drawing)
+        key = Key(count, more, sampled, pitch, width, draws, likely, layout.splits) if graphed else None
 
         begins, lengths = layout.plans[False].segments[:, :2].numpy().astype(np.int64).T
         starts = [*begins[: len(encoding)].tolist(), *begins[count : count + len(denoising)].tolist()]
@@ -201,7 +208,7 @@ class Planner:
         canvases = self._canvases(denoising, begins[count:], np.array(rooms[count:]), width, own, sampled)
         lasts = (begins + lengths - 1)[: count if draws else 0]
         others = (tokens, *canvases, lasts, *_asked(encoding, len(lasts)))
-        return Planned(starts, Inputs(layout, *map(torch.from_numpy, others)), key)
+        return Planned(starts, Inputs(layout, likely, *map(torch.from_numpy, others)), key)
 
     def _fill(self, rows: int) -> Segment:
         """Rows of nobody, which are written nowhere and not read."""
@@ -225,13 +232,14 @@ class Planner:
 
 
 def _asked(works: Sequence[Work], count: int) -> tuple[Numbers, NDArray[np.float32]]:
-    """`Inputs.asked` and `heats`, filled up to a count, which is 0 where no token is drawn."""
-    asked, heats = np.zeros((3, count), dtype=np.int64), np.ones(count, dtype=np.float32)
+    """`Inputs.asked` and `levels`, filled up to a count, which is 0 where no token is drawn."""
+    asked, levels = np.zeros((3, count), dtype=np.int64), np.ones((4, count), dtype=np.float32)
+    levels[[1, 3]] = 0.0  # nothing is restricted
     for number, work in enumerate(works[:count]):
-        request, heat = work.row.request, work.row.request.params.temperature
-        asked[:, number] = signed(request.seed), len(work.row.tokens), heat == 0
-        heats[number] = heat or 1.0
-    return asked, heats
+        request, params = work.row.request, work.row.request.params
+        asked[:, number] = signed(request.seed), len(work.row.tokens), params.temperature == 0
+        levels[:, number] = params.temperature or 1.0, *likely_of(params)
+    return asked, levels
 
 
 def size_for(count: int) -> int:

@@ -26,6 +26,7 @@ from .draws import NOISE, SAMPLE, units
 ENDS = 16  # end tokens that a place has room for
 GOES_ON, OVER, BROKEN = 0, 1, 2  # what `settle` says of a canvas
 SEED, INDEX, LENGTH, STEPS, STABLE, PARTIAL, GREEDY, FIRST_END = (tl.constexpr(column) for column in range(8))
+LEVELS = tl.constexpr(5)
 START, SPAN, HEAT, BOUND, CONFIDENCE = (tl.constexpr(column) for column in range(5))
 
 
@@ -36,8 +37,8 @@ class Held(NamedTuple):
         whole: int64 [P, 7 + ENDS]: seed, number of the canvas in its answer, length, steps at most, stability
             threshold, whether only the part through the first end token must be stable, whether the likeliest word is
             taken; then end tokens, filled up with -1.
-        real: float32 [P, 5]: lowest temperature, what the highest has more, the request's own, entropy bound,
-            confidence threshold.
+        real: float32 [P, LEVELS + 3]: lowest temperature, what the highest has more, the request's own, entropy bound,
+            confidence threshold; and what words are restricted to (`likely.keep_likely`).
         counts: int64 [P, 2]: steps done, and for how many of them the likeliest tokens have stayed as they were.
         pins: int64 [P, L], tokens that positions keep; -1: none.
         tokens: int64 [P, L], what the network looks at next; positions behind a shorter canvas's end mean nothing.
@@ -62,7 +63,7 @@ class Held(NamedTuple):
         tokens, argmax = torch.zeros(2, *shape, dtype=torch.int64, device=device)
         return cls(
             whole=torch.zeros(places, 7 + ENDS, dtype=torch.int64, device=device),
-            real=torch.zeros(places, 5, device=device),
+            real=torch.zeros(places, LEVELS.value + 3, device=device),
             counts=torch.zeros(places, 2, dtype=torch.int64, device=device),
             pins=torch.full_like(tokens, -1),
             tokens=tokens,
@@ -87,7 +88,7 @@ def _again(places, canvas, place):
 def _ask_kernel(places, whole, real, counts, heats, uniforms, n, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     canvas, spots = tl.program_id(0), tl.arange(0, WIDTH)
     place = tl.load(places + canvas)
-    own, level, number = whole + place * COLUMNS, real + place * 5, tl.load(counts + place * 2)
+    own, level, number = whole + place * COLUMNS, real + place * (LEVELS + 3), tl.load(counts + place * 2)
     steps = tl.load(own + STEPS)
     left = tl.div_rn((steps - number).to(tl.float32), steps.to(tl.float32))
     heat = (tl.load(level + START) + tl.load(level + SPAN) * left) * tl.load(level + HEAT)
@@ -108,7 +109,7 @@ def _settle_kernel(
     place = tl.load(places + canvas)
     if _again(places, canvas, place):
         return
-    own, level, count = whole + place * COLUMNS, real + place * 5, counts + place * 2
+    own, level, count = whole + place * COLUMNS, real + place * (LEVELS + 3), counts + place * 2
     there, here, exists = canvas * n + spots, place * L + spots, spots < n
     length, number = tl.load(own + LENGTH), tl.load(count) + 1
     inside = spots < length

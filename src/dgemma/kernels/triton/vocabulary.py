@@ -6,6 +6,7 @@
 2. *merge*: one program a position puts its tiles together: argmax, entropy, the tile that holds the sample and the
    word in it; and each tile's factor, which turns its weights into probabilities. Tiles with next to nothing of a
    position's weight get the factor 0.
+   Positions that are restricted to likely words have been so before (`likely.py`).
 3. *live*: for each block of positions, the tiles in which any has a factor.
 4. *blend*: probabilities times the table, over the live tiles alone. The tiles are split among programs, each of which
    writes a part.
@@ -30,6 +31,7 @@ from ...quant import Quantized
 from ..belief import Belief
 from . import tiles
 from .common import LOG2_E, dot, narrow, operand, power, scaled, widen
+from .likely import keep_likely
 from .linear import ready
 
 # Of scores in units of log 2: a bound up to which weights have one reference, and the largest weight's exponent then.
@@ -253,6 +255,7 @@ def step(
     bias: tuple[Tensor, Tensor] | None = None,
     soft: bool = True,
     peers: Peers | None = None,
+    likely: Tensor | None = None,
 ) -> Step:
     """Hidden states [n, H] against a table [V, H] of floats, FP8 or 8 bits with a scale a row.
 
@@ -269,6 +272,7 @@ def step(
         barred: int8 [n], 1 where the words `ends` (int64) are refused.
         bias: int64 words and the float32 numbers that are added to their scores.
         peers: where the table is one's part of a larger one; all call this at once, and find the same.
+        likely: what positions are restricted to, see `likely.keep_likely`; not with peers.
     """
     own = operand(table)
     n, (words, width), device = len(hidden), own.shape, hidden.device
@@ -302,6 +306,12 @@ def step(
         FORM=own.form, CAPPED=cap is not None, SHARED=shared, BM=tile.rows, BN=tile.columns, BK=tile.inner,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if likely is not None:
+        assert peers is None
+        keep_likely(
+            likely, weights, own, heats, found_in, cap, tile.columns,
+            shared=shared, bound=BOUND.value, top=TOP.value,
+        )  # fmt: skip
     if peers is not None:
         found_in = peers.gathered(found_in).permute(1, 2, 0, 3).flatten(2).contiguous()
     (peaks, totals, means, best), everyone = found_in, found_in.shape[-1]
