@@ -196,7 +196,9 @@ def step(network: Any, canvases: int, encoded: bool) -> None:
             canvas = row.look()
             work.denoised = length
             seated.append(Seated(work, canvas, number))
-    planned = forward.planner.plan(works if encoded else [], seated, len(seated), draws=not canvases)
+    planned = forward.planner.plan(
+        works if encoded else [], seated, len(seated), draws=[not canvases] * len(works) if encoded else []
+    )
     with torch.no_grad():
         forward._step(without_numbers(planned.inputs))
 

@@ -40,6 +40,10 @@ MIXES: dict[str, list[dict[str, Any]]] = {
         {"min_p": 0.2, "temperature": 1.5, "canvas_length": 2, "max_new_tokens": 2},
         {"mode": "autoregressive", "max_new_tokens": 2, "top_p": 0.6, "top_k": 9},
     ],
+    "likely words once an answer may end": [
+        {"mode": "autoregressive", "temperature": 4.0, "max_new_tokens": 5, "min_tokens": 2, "top_k": 2},
+        {"mode": "autoregressive", "temperature": 4.0, "max_new_tokens": 6},
+    ],
     "wishes of their own": [
         {"top_k": 5, "logprobs": 0},
         {},

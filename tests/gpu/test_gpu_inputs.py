@@ -50,7 +50,7 @@ class Batch:
             row.history = row.history[: row.table.length]
             canvas = SimpleNamespace(params=row.request.params)
             seated.append(Seated(Work(row, 0, True, denoised=length), canvas, 5 - place))
-        return works, self.planner.plan(works, seated, own, draws=draws)
+        return works, self.planner.plan(works, seated, own, draws=[draws] * len(works))
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ class CardForward(Forward):
         for work, canvas, place in denoising[own:]:
             self.board.put(place, canvas.tokens[0], None if work.row.soft is None else work.row.soft[0])
         draws = [_draws(work) and self._plainly(work.row) for work in encoding]
-        starts, graph = self._sent(encoding, denoising, own, draws=any(draws))
+        starts, graph = self._sent(encoding, denoising, own, draws=draws)
         hidden, told = graph()
         tokens, stands, sound = graph.hear(told)  # the host waits here
 
@@ -198,7 +198,7 @@ class CardForward(Forward):
         return found
 
     def _sent(
-        self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int, *, draws: bool
+        self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int, *, draws: Sequence[bool]
     ) -> tuple[list[int], Graph]:
         """Lays a step out and sends it. Gives where each segment's rows begin, and what does the step.
 

@@ -167,7 +167,9 @@ class Planner:
         self._columns = -(-limit // pages.size) + 1
         self._nobody = Table(pages)
 
-    def plan(self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int, *, draws: bool) -> Planned:
+    def plan(
+        self, encoding: Sequence[Work], denoising: Sequence[Seated], own: int, *, draws: Sequence[bool]
+    ) -> Planned:
         """Lays a step out, of which the first `own` canvases are sampled on the board.
 
         Where every segment fits a canvas, each gets as many rows as the longest, but single tokens, where nothing else
@@ -175,7 +177,7 @@ class Planner:
         long chunk, each has as many rows as tokens.
 
         Args:
-            draws: whether a token is drawn behind any of those that are encoded; then one is behind each.
+            draws: of each that is encoded, whether a token is drawn behind it; if any is, one is behind each.
         """
         segments = [encoding_of(work) for work in encoding]
         segments += [
@@ -196,9 +198,9 @@ class Planner:
             encoded=sum(rooms[:count]), rooms=rooms, columns=columns, size=self._size,
         )  # fmt: skip
         drawing = [one.canvas.params for one in denoising[:own]]
-        drawing += [work.row.request.params for work in encoding if draws]
+        drawing += [work.row.request.params for work, drawn in zip(encoding, draws, strict=True) if drawn]
         likely = any(params.likely_alone for params in drawing)
-        key = Key(count, more, sampled, pitch, width, draws, likely, layout.splits) if graphed else None
+        key = Key(count, more, sampled, pitch, width, any(draws), likely, layout.splits) if graphed else None
 
         begins, lengths = layout.plans[False].segments[:, :2].numpy().astype(np.int64).T
         starts = [*begins[: len(encoding)].tolist(), *begins[count : count + len(denoising)].tolist()]
@@ -206,7 +208,7 @@ class Planner:
         for work, start in zip(encoding, starts, strict=False):
             tokens[start : start + work.encode] = fresh_of(work)
         canvases = self._canvases(denoising, begins[count:], np.array(rooms[count:]), width, own, sampled)
-        lasts = (begins + lengths - 1)[: count if draws else 0]
+        lasts = (begins + lengths - 1)[: count if any(draws) else 0]
         others = (tokens, *canvases, lasts, *_asked(encoding, len(lasts)))
         return Planned(starts, Inputs(layout, likely, *map(torch.from_numpy, others)), key)
 
