@@ -11,6 +11,7 @@ multiplies without tensor cores, is named, and the exit status is 1. The last li
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -203,7 +204,16 @@ def step(network: Any, canvases: int, encoded: bool) -> None:
         forward._step(without_numbers(planned.inputs))
 
 
-def main(architecture: str, form: str, *steps: str) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", help="90, 89, gfx942, ...")
+    parser.add_argument("form", choices=["float32", "bfloat16", "fp8", "int8", "int4", "nvfp4"])
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"{', '.join(STEPS)}; all, if none is named")
+    asked = parser.parse_args()
+    architecture, form, steps = asked.architecture, asked.form, asked.steps or list(STEPS)
+    for name in steps:
+        if name not in STEPS:
+            parser.error(f"{name}: no such step ({', '.join(STEPS)})")
     compiled = Compiled(architecture, exact=form == "float32")
     compiled.take_over()
     pretend(architecture, compiled.shared)
@@ -217,11 +227,11 @@ def main(architecture: str, form: str, *steps: str) -> int:
     network = network_of(config, form)
     missing = gpu.missing(network)
     assert missing is None, missing
-    for name in steps or STEPS:
+    for name in steps:
         step(network, *STEPS[name])
     sys.stdout.write("\n".join([*compiled.wrong, f"{len(compiled.seen)} kernels"]) + "\n")
     return 1 if compiled.wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())
