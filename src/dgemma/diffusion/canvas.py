@@ -80,27 +80,26 @@ class Canvas:
 
     def process(self, scores: Tensor, first: int = 0) -> Tensor:
         """The network's scores [B, n, V] of the positions from `first` on -> what the next token is drawn from."""
-        return process(scores, self.params, self.whole_wish.after(first))
+        return process(scores, self.params, self._wish.after(first))
 
     @property
     def wish(self) -> Wish | None:
         """What `process` does, for kernels that do it themselves; None where it also looks for the likeliest words."""
-        return None if self.params.likely_alone else self.whole_wish
+        return None if self.params.likely_alone else self._wish
 
     @property
-    def whole_wish(self) -> Wish:
-        """The same of all words, whether or not likely ones alone are drawn."""
+    def likeliest(self) -> Tensor | None:
+        """The likeliest tokens [B, L] of the last step; None before the first."""
+        return self._argmax if self.number else None
+
+    @property
+    def _wish(self) -> Wish:
         settings = self.settings
         step = settings.max_denoising_steps - self.number
         heat = temperature(step, settings.max_denoising_steps, settings.t_min, settings.t_max)
         # Positions of this canvas that may not end the answer.
         barred = max(0, min(self.tokens.shape[1], self.params.min_tokens - self.before))
         return wish_of(self.params, heat, self.ends.tolist(), barred)
-
-    @property
-    def likeliest(self) -> Tensor | None:
-        """The likeliest tokens [B, L] of the last step; None before the first."""
-        return self._argmax if self.number else None
 
     def believe(self, processed: Tensor) -> Belief:
         """Argmax, sample and entropy of every position, of the processed scores [B, L, V].

@@ -40,13 +40,13 @@ class Board:
 
     def takes(self, canvas: Canvas) -> bool:
         """Whether `settle` can do all that a canvas's request wants of its scores."""
-        wish = canvas.whole_wish
-        return self.takes_all(canvas.params) and not wish.bias and not wish.barred and len(canvas.ends) <= ENDS
+        return self.samples(canvas.params, canvas.before) and len(canvas.ends) <= ENDS
 
-    def takes_all(self, params: SamplingParams) -> bool:
-        """Whether that can be, as far as a request's parameters say."""
+    def samples(self, params: SamplingParams, before: int) -> bool:
+        """Whether the scores behind so many of an answer's tokens are sampled on the card."""
         likely = params.likely_alone and self.network.ranks is not None
-        return not likely and not params.logit_bias and params.logprobs is None
+        plain = not params.logit_bias and params.logprobs is None and before >= params.min_tokens
+        return plain and not likely
 
     def begin(self, place: int, canvas: Canvas, seed: int) -> None:
         """Puts a canvas before its first step into a place."""

@@ -119,12 +119,12 @@ class CardForward(Forward):
     @torch.no_grad()
     def run(self, works: Sequence[Work]) -> list[tuple[Row, DGemmaError]]:
         encoding = [work for work in works if work.encode]
-        denoising = self._seat([work for work in works if work.denoise])
-        denoising.sort(key=lambda one: not self.board.takes(one.canvas))
-        own = sum(self.board.takes(one.canvas) for one in denoising)
+        seated = [(one, self.board.takes(one.canvas)) for one in self._seat([work for work in works if work.denoise])]
+        denoising = [one for one, taken in seated if taken] + [one for one, taken in seated if not taken]
+        own = sum(taken for _, taken in seated)
         for work, canvas, place in denoising[own:]:
             self.board.put(place, canvas.tokens[0], None if work.row.soft is None else work.row.soft[0])
-        draws = [_draws(work) and self._plainly(work.row) for work in encoding]
+        draws = [self._draws(work) for work in encoding]
         starts, graph = self._sent(encoding, denoising, own, draws=draws)
         hidden, told = graph()
         tokens, stands, sound = graph.hear(told)  # the host waits here
@@ -248,9 +248,11 @@ class CardForward(Forward):
         layer.sound(hidden[:encoded], flags[sampled:])
         return Outputs(hidden, told)
 
-    def _plainly(self, row: Row) -> bool:
-        """Whether nothing more is wanted of the scores of a row's next token than the card does."""
-        return self.board.takes_all(row.request.params) and len(row.tokens) >= row.request.params.min_tokens
+    def _draws(self, work: Work) -> bool:
+        """Whether the step draws a token behind what is encoded."""
+        row = work.row
+        ready = not row.diffusion and work.encode == row.pending
+        return ready and self.board.samples(row.request.params, len(row.tokens))
 
     def _append(self, work: Work, token: int, failed: list[tuple[Row, DGemmaError]]) -> None:
         """Gives a row the token that was drawn on the card."""
@@ -260,8 +262,3 @@ class CardForward(Forward):
         else:
             work.row.append(token, [])
         work.given = len(work.row.tokens) - before
-
-
-def _draws(work: Work) -> bool:
-    """Whether single tokens are drawn behind what is encoded."""
-    return not work.row.diffusion and work.encode == work.row.pending

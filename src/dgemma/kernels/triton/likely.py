@@ -87,20 +87,19 @@ def _likely_kernel(
             least = low.to(tl.float32, bitcast=True)
             goal = mass * _reached(weights, ws, lifts, least, V, tile_count, False, SCALED, TILES, BN)
             low = _least(weights, ws, lifts, goal, low, V, tile_count, False, ROUNDS, SCALED, TILES, BN)
-        largest = tl.zeros((TILES,), tl.float32)
-        for first in range(0, tile_count, TILES):
-            largest = tl.maximum(
-                largest, tl.max(_weights(weights, ws, lifts, first, V, tile_count, SCALED, TILES, BN), 1)
-            )
-        top = tl.max(largest, 0)
-        least = tl.minimum(tl.maximum(low.to(tl.float32, bitcast=True), share * top), top)
+        least = low.to(tl.float32, bitcast=True)
+        if share > 0.0:  # of the largest as it is rounded in memory
+            largest = tl.zeros((TILES,), tl.float32)
+            for first in range(0, tile_count, TILES):
+                value = _weights(weights, ws, lifts, first, V, tile_count, SCALED, TILES, BN)
+                largest = tl.maximum(largest, tl.max(value, 1))
+            least = tl.maximum(least, share * tl.max(largest, 0))
         for first in range(0, tile_count, TILES):
             value = _weights(weights, ws, lifts, first, V, tile_count, SCALED, TILES, BN)
             kept = value >= least
             tiles = first + tl.arange(0, TILES)
             lines = tiles[:, None] * BN + tl.arange(0, BN)[None, :]
-            tl.store(weights + lines, tl.zeros((TILES, BN), tl.float32).to(weights.dtype.element_ty),
-                     mask=(lines < V) & (value < least))  # fmt: skip
+            tl.store(weights + lines, 0.0, mask=(lines < V) & (value < least))
             inside = tiles < tile_count
             own = tl.load(peaks + tiles, mask=inside, other=float("-inf"))
             some = tl.max(kept.to(tl.int32), 1) > 0
